@@ -1,0 +1,1 @@
+"""Sashimi: raw-audio state-space models, trained and sampled on many GPUs."""

@@ -1,0 +1,141 @@
+"""What surrounds the state space: norms, feed-forward, residual, pooling; each over a sequence and by the sample.
+
+Shapes: **B** batch, **L** samples, **H** channels, **p** pooling factor.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from sashimi.s4 import S4, S4State
+
+
+class ScalarNorm(nn.Module):
+    """The original's norm: y = (s/σ)(x − μ + m) over channels, one scale s and one shift m a layer, no epsilon."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.m = nn.Parameter(torch.zeros(1))
+        self.s = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., H) -> (..., H); statistics in float32 at least."""
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(self.s.dtype)
+            std, mean = torch.std_mean(wide, dim=-1, correction=0, keepdim=True)
+            return ((self.s / std) * (wide - mean + self.m)).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """Linear (×ff) → GELU → Linear. Has no state."""
+
+    def __init__(self, d_model: int, ff: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(d_model, ff * d_model)
+        self.contract = nn.Linear(ff * d_model, d_model)
+
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+        """x: (..., H) -> (..., H)."""
+        return self.contract(F.gelu(self.expand(x))), None
+
+    def step(self, x: Tensor, state: None) -> tuple[Tensor, None]:
+        """x: (B, H) -> (B, H)."""
+        return self.forward(x)
+
+    def init_state(self, batch_size: int) -> None:
+        """A feed-forward layer remembers nothing."""
+
+
+class S4Block(nn.Module):
+    """S4 → GELU → Linear, or with `glu` a Linear of twice the width and a GLU."""
+
+    def __init__(self, s4: S4, d_model: int, glu: bool) -> None:
+        super().__init__()
+        self.s4 = s4
+        self.glu = glu
+        self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
+
+    def _mix(self, y: Tensor) -> Tensor:
+        y = self.output(F.gelu(y))
+        return F.glu(y, dim=-1) if self.glu else y
+
+    def forward(self, u: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
+        """u: (B, L, H) -> (B, L, H)."""
+        y, state = self.s4(u, state)
+        return self._mix(y), state
+
+    def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
+        """u: (B, H) -> (B, H)."""
+        y, state = self.s4.step(u, state)
+        return self._mix(y), state
+
+    def init_state(self, batch_size: int) -> S4State:
+        """The state space's own."""
+        return self.s4.init_state(batch_size)
+
+
+class Residual(nn.Module):
+    """x + layer(norm(x)), the pre-norm residual of every layer."""
+
+    def __init__(self, norm: nn.Module, layer: S4Block | FeedForward, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.layer = norm, layer
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
+        """x: (B, L, H) -> (B, L, H)."""
+        y, state = self.layer(self.norm(x), state)
+        return x + self.dropout(y), state
+
+    def step(self, x: Tensor, state: S4State | None) -> tuple[Tensor, S4State | None]:
+        """x: (B, H) -> (B, H)."""
+        y, state = self.layer.step(self.norm(x), state)  # type: ignore[arg-type]
+        return x + y, state
+
+    def init_state(self, batch_size: int) -> S4State | None:
+        """The layer's own, or None."""
+        return self.layer.init_state(batch_size)
+
+
+class DownPool(nn.Module):
+    """p samples of H channels become one of H·expand: reshape to features (h, s), then Linear."""
+
+    def __init__(self, d_model: int, expand: int, pool: int, normalize_weight: bool) -> None:
+        super().__init__()
+        self.pool = pool
+        linear = nn.Linear(d_model * pool, d_model * expand)
+        self.linear = weight_norm(linear) if normalize_weight else linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, L, H) -> (B, L/p, H·expand)."""
+        return self.step(x.unflatten(1, (-1, self.pool)).mT)
+
+    def step(self, block: Tensor) -> Tensor:
+        """One block of p samples. block: (..., H, p) -> (..., H·expand)."""
+        return self.linear(block.flatten(-2))
+
+
+class UpPool(nn.Module):
+    """One pooled step becomes the p samples of the *next* block: Linear, shift by one block, reshape.
+
+    The shift follows the Linear: before it, the first block would hold the bias instead of zeros.
+    """
+
+    def __init__(self, d_model: int, expand: int, pool: int, normalize_weight: bool) -> None:
+        super().__init__()
+        self.pool = pool
+        linear = nn.Linear(d_model * expand, d_model * pool)
+        self.linear = weight_norm(linear) if normalize_weight else linear
+
+    def forward(self, x: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x: (B, L/p, H·expand), first: the block (B, H, p) before, or None at a start -> (B, L, H), next block."""
+        blocks = self.step(x)  # (B, L/p, H, p)
+        # Block j may only see blocks < j, or a sample would see its own future.
+        head = torch.zeros_like(blocks[:, :1]) if first is None else first.unsqueeze(1)
+        shifted = torch.cat((head.to(blocks.dtype), blocks[:, :-1]), dim=1)
+        return shifted.mT.flatten(1, 2), blocks[:, -1]
+
+    def step(self, x: Tensor) -> Tensor:
+        """x: (..., H·expand) -> the block that follows, (..., H, p)."""
+        return self.linear(x).unflatten(-1, (-1, self.pool))

@@ -1,0 +1,259 @@
+"""SaShiMi: a recursive tier of S4 layers and pooling over embedded samples (arXiv 2202.09729, section 4).
+
+Shapes: **B** batch, **L** samples, **H** channels, **p** pooling factor, **V** levels.
+The model never shifts: `inputs[:, t]` is sample t − 1, and its logits predict sample t.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sashimi.errors import InputError
+from sashimi.layers import DownPool, FeedForward, Residual, S4Block, ScalarNorm, UpPool
+from sashimi.s4 import S4, S4State
+
+_SCAN_PIECE = 1 << 16  # samples a call when a state is carried: bounds the memory of long prompts
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture; it follows from these alone, never from the data or the training length."""
+
+    levels: int = 256
+    """Number of sample values V; must equal 2 ** audio.bits."""
+    d_model: int = 64
+    """Channels at the audio rate; each tier multiplies them by `expand`."""
+    n_layers: int = 8
+    """S4 layers a tier, each followed by a feed-forward layer."""
+    pool: tuple[int, ...] = (4, 4)
+    """Downsampling factor between tiers, from the audio rate to the centre."""
+    expand: int = 2
+    """Widening of each tier over the one above."""
+    ff: int = 2
+    """Widening inside the feed-forward layers."""
+    d_state: int = 64
+    """Real states a channel (N); half as many complex modes are stored."""
+    glu: bool = True
+    """Gate the output of each S4 layer (Linear of twice the width, then GLU)."""
+    unet: bool = False
+    """Layers on the way down too, each with a skip to its mirror image ("sashimi" backbone if false)."""
+    norm: Literal["layer", "scalar"] = "layer"
+    """Residual norm: LayerNorm, or the original training code's one scale and shift a layer."""
+    weight_norm: bool = False
+    """Weight normalization of the pooling layers, as in the original training code."""
+    tie_state: bool = True
+    """Share A, P and B between the channels of a layer (n_ssm = 1)."""
+    mode: Literal["dplr", "diag"] = "dplr"
+    """State matrix: diagonal plus low rank (S4) or diagonal (S4D)."""
+    dt_transform: Literal["exp", "softplus"] = "exp"
+    """Map from the learnt parameter to the time step dt."""
+    dt_min: float = 0.001
+    """Smallest initial time step (in samples of the tier)."""
+    dt_max: float = 0.1
+    """Largest initial time step (in samples of the tier)."""
+    kernel: Literal["krylov", "vandermonde", "cauchy", "cauchy_keops"] = "krylov"
+    """Kernel algorithm; all give the same kernel. mode=diag takes vandermonde, mode=dplr the others."""
+    dropout: float = 0.0
+    """Dropout probability on each residual branch."""
+
+    def __post_init__(self) -> None:
+        for field in ("d_model", "n_layers", "expand", "ff"):
+            if getattr(self, field) < 1:
+                raise InputError(f"model.{field}={getattr(self, field)}: must be at least 1")
+        if not 2 <= self.levels <= 1 << 16:
+            raise InputError(f"model.levels={self.levels}: must be 2 to 65536, normally 2 ** audio.bits")
+        if any(p < 2 for p in self.pool):
+            raise InputError(f"model.pool={self.pool}: every factor must be at least 2")
+        if self.d_state < 2 or self.d_state % 2:
+            raise InputError(f"model.d_state={self.d_state}: must be even and at least 2 (conjugate pairs)")
+        if not 0 < self.dt_min <= self.dt_max:
+            raise InputError(f"model.dt_min={self.dt_min}, dt_max={self.dt_max}: need 0 < dt_min <= dt_max")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.dropout={self.dropout}: must be in [0, 1)")
+        if (self.mode == "diag") != (self.kernel == "vandermonde"):
+            remedy = "vandermonde" if self.mode == "diag" else "krylov, cauchy or cauchy_keops"
+            raise InputError(f"model.kernel={self.kernel} does not fit model.mode={self.mode}: use {remedy}")
+
+    @property
+    def total_pool(self) -> int:
+        """Samples a step of the innermost tier."""
+        return math.prod(self.pool)
+
+
+class TierState(NamedTuple):
+    """What a tier remembers between samples."""
+
+    down: tuple[S4State | None, ...]  # unet layers on the way down
+    pending: Tensor | None  # (B, H, p) samples of the block being collected
+    inner: "TierState | None"
+    current: Tensor | None  # (B, H, p) what the inner tier said of the block being played
+    layers: tuple[S4State | None, ...]
+
+
+class SashimiState(NamedTuple):
+    """A model's state: tensors, and the position within a total pooling period."""
+
+    tier: TierState
+    phase: int
+
+
+class Tier(nn.Module):
+    """One sampling rate: the tier inside runs once every p samples, then this tier's layers."""
+
+    def __init__(self, config: ModelConfig, depth: int = 0) -> None:
+        super().__init__()
+        d_model = config.d_model * config.expand**depth
+        pool = config.pool[depth] if depth < len(config.pool) else None
+        self.d_model, self.pool, self.unet = d_model, pool, config.unet and pool is not None
+        self.down = _layers(config, d_model) if self.unet else nn.ModuleList()
+        self.down_pool = self.inner = self.up_pool = None
+        if pool is not None:
+            self.down_pool = DownPool(d_model, config.expand, pool, config.weight_norm)
+            self.inner = Tier(config, depth + 1)
+            self.up_pool = UpPool(d_model, config.expand, pool, config.weight_norm)
+        self.layers = _layers(config, d_model)
+
+    def forward(self, x: Tensor, state: TierState | None = None) -> tuple[Tensor, TierState | None]:
+        """x: (B, L, H) -> (B, L, H), from and to a state at phase 0 if one is given; the pools must divide L."""
+        skips, down, layers = [], [], []
+        for i, layer in enumerate(self.down):
+            skips.append(x)
+            x, layer_state = layer(x, state and state.down[i])
+            down.append(layer_state)
+        entry, inner, current = x, None, None
+        if self.inner is not None and self.down_pool is not None and self.up_pool is not None:
+            pooled, inner = self.inner(self.down_pool(x), state and state.inner)
+            above, current = self.up_pool(pooled, None if state is None else state.current)
+            entry = x = x + above
+        for i, layer in enumerate(self.layers):
+            x, layer_state = layer(x, state and state.layers[i])
+            layers.append(layer_state)
+            if self.unet:
+                x = x + skips.pop()
+        if not self.unet:
+            x = x + entry
+        if state is not None:
+            state = TierState(tuple(down), state.pending, inner, current, tuple(layers))
+        return x, state
+
+    def step(self, x: Tensor, state: TierState, phase: int) -> tuple[Tensor, TierState]:
+        """One sample of `forward`; phase counts this tier's samples. x: (B, H) -> (B, H)."""
+        skips, down, layers = [], [], []
+        for layer, layer_state in zip(self.down, state.down, strict=True):
+            skips.append(x)
+            x, layer_state = layer.step(x, layer_state)
+            down.append(layer_state)
+        entry, pending, inner, current = x, state.pending, state.inner, state.current
+        if self.inner is not None and self.down_pool is not None and self.up_pool is not None:
+            assert self.pool is not None and pending is not None and current is not None and inner is not None
+            slot = phase % self.pool
+            pending = pending.clone()
+            pending[..., slot] = x
+            entry = x = x + current[..., slot]
+            if slot == self.pool - 1:
+                pooled, inner = self.inner.step(self.down_pool.step(pending), inner, phase // self.pool)
+                current = self.up_pool.step(pooled)
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            x, layer_state = layer.step(x, layer_state)
+            layers.append(layer_state)
+            if self.unet:
+                x = x + skips.pop()
+        if not self.unet:
+            x = x + entry
+        return x, TierState(tuple(down), pending, inner, current, tuple(layers))
+
+    def init_state(self, batch_size: int) -> TierState:
+        """The state at a recording's start."""
+        block = inner = None
+        if self.inner is not None:
+            block = next(self.parameters()).new_zeros(batch_size, self.d_model, self.pool)
+            inner = self.inner.init_state(batch_size)
+        return TierState(
+            tuple(layer.init_state(batch_size) for layer in self.down),
+            block,
+            inner,
+            block,
+            tuple(layer.init_state(batch_size) for layer in self.layers),
+        )
+
+
+def _layers(config: ModelConfig, d_model: int) -> nn.ModuleList:
+    def residual(layer: S4Block | FeedForward) -> Residual:
+        norm = nn.LayerNorm(d_model) if config.norm == "layer" else ScalarNorm()
+        return Residual(norm, layer, config.dropout)
+
+    layers = nn.ModuleList()
+    for _ in range(config.n_layers):
+        s4 = S4(
+            d_model,
+            d_state=config.d_state,
+            tie_state=config.tie_state,
+            mode=config.mode,
+            dt_transform=config.dt_transform,
+            dt_min=config.dt_min,
+            dt_max=config.dt_max,
+            kernel=config.kernel,
+        )
+        layers.append(residual(S4Block(s4, d_model, config.glu)))
+        layers.append(residual(FeedForward(d_model, config.ff)))
+    return layers
+
+
+class Sashimi(nn.Module):
+    """An autoregressive model of samples: logits of sample t from samples < t."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.levels, config.d_model)
+        self.tier = Tier(config)
+        self.norm = nn.LayerNorm(config.d_model)
+        self.head = nn.Linear(config.d_model, config.levels)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs: (B, L) int64, any L >= 1 -> logits (B, L, V). Padded inside on the right, which causality hides."""
+        length = inputs.shape[1]
+        x = self.embedding(F.pad(inputs, (0, -length % self.config.total_pool)))
+        x, _ = self.tier(x)
+        return self.head(self.norm(x[:, :length]))
+
+    def scan(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
+        """`forward` that carries a state at phase 0: inputs (B, L), L a multiple of the total pooling."""
+        assert state.phase == 0 and inputs.shape[1] % self.config.total_pool == 0
+        x, tier = self.tier(self.embedding(inputs), state.tier)
+        return self.head(self.norm(x)), SashimiState(tier, 0)
+
+    def step(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
+        """One sample of `forward`. inputs: (B,) int64 -> logits (B, V)."""
+        x, tier = self.tier.step(self.embedding(inputs), state.tier, state.phase)
+        phase = (state.phase + 1) % self.config.total_pool
+        return self.head(self.norm(x)), SashimiState(tier, phase)
+
+    def prefill(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
+        """Take in a prompt: by convolution where the total pooling divides, by `step` for the rest.
+
+        inputs: (B, L) int64, L >= 1 -> logits after the last sample (B, V). Memory does not grow with L.
+        """
+        total = self.config.total_pool
+        head = min(-state.phase % total, inputs.shape[1])
+        aligned = head + (inputs.shape[1] - head) // total * total
+        logits = None
+        for sample in inputs[:, :head].unbind(1):
+            logits, state = self.step(sample, state)
+        piece = max(_SCAN_PIECE // total, 1) * total
+        for start in range(head, aligned, piece):
+            scanned, state = self.scan(inputs[:, start : min(start + piece, aligned)], state)
+            logits = scanned[:, -1]
+        for sample in inputs[:, aligned:].unbind(1):
+            logits, state = self.step(sample, state)
+        if logits is None:
+            raise InputError("prefill: the prompt is empty, give it at least one sample")
+        return logits, state
+
+    def init_state(self, batch_size: int) -> SashimiState:
+        """The state at a recording's start, on the model's device. Discretizes: make it anew after an update."""
+        return SashimiState(self.tier.init_state(batch_size), 0)

@@ -1,0 +1,116 @@
+"""The S4 layer's state space: parameters, whole-sequence convolution, one-sample recurrence.
+
+Shapes: **B** batch, **L** samples, **H** channels, **N** state, **S** copies of the shared parameters (1 or H).
+Complex parameters are stored as trailing (real, imaginary) pairs, because mixed-precision frameworks drop
+imaginary parts; every computation here is float32 or float64 whatever autocast says.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sashimi import ssm
+
+
+class S4State(NamedTuple):
+    """The recurrent state, with the discretized system it belongs to (as of `init_state`)."""
+
+    x: Tensor  # (B, H, N)
+    recurrence: ssm.Recurrence
+
+
+class S4(nn.Module):
+    """y = K ∗ u + D u with K the kernel of a HiPPO-initialized state space, one a channel.
+
+    `tie_state` shares A, P and B between channels (n_ssm = 1 of the original); C, D and dt are a channel's own.
+    Stable by construction: Re Lambda = −exp(log_A_real), Q = P. Source: SaShiMi (arXiv 2202.09729) section 4.2.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        tie_state: bool = True,
+        mode: str = "dplr",
+        dt_transform: str = "exp",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        kernel: str = "krylov",
+    ) -> None:
+        super().__init__()
+        self.kernel_name, self.dt_transform = kernel, dt_transform
+        Lambda, P, B = ssm.hippo_legs(d_state)
+        copies = 1 if tie_state else d_model
+
+        def pairs(z: Tensor) -> nn.Parameter:
+            return nn.Parameter(torch.view_as_real(z).float().repeat(copies, 1, 1))
+
+        self.log_A_real = nn.Parameter(torch.log(-Lambda.real).float().repeat(copies, 1))  # (S, N/2)
+        self.A_imag = nn.Parameter(Lambda.imag.float().repeat(copies, 1))  # (S, N/2)
+        self.P = pairs(P) if mode == "dplr" else None  # (S, N/2, 2)
+        self.B = pairs(B)  # (S, N/2, 2)
+        self.C = nn.Parameter(torch.randn(d_model, d_state // 2, 2) * math.sqrt(0.5))  # (H, N/2, 2)
+        self.D = nn.Parameter(torch.randn(d_model))
+        log_dt = math.log(dt_min) + torch.rand(d_model) * (math.log(dt_max) - math.log(dt_min))
+        raw = log_dt if dt_transform == "exp" else ssm.softplus_inverse(log_dt.exp())
+        self.log_dt = nn.Parameter(raw)  # (H,) dt before exp or softplus
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "S4":
+        """Follow `.to()` everywhere but below float32: `model.bfloat16()` must not round A, dt or C."""
+
+        def keep_precision(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(keep_precision, recurse)
+
+    def system(self) -> ssm.System:
+        """The continuous system in complex numbers."""
+        P = None if self.P is None else torch.view_as_complex(self.P)
+        return ssm.System(
+            Lambda=torch.complex(-torch.exp(self.log_A_real), self.A_imag),
+            P=P,
+            Q=P,
+            B=torch.view_as_complex(self.B),
+            C=torch.view_as_complex(self.C),
+            dt=ssm.time_step(self.log_dt, self.dt_transform),
+        )
+
+    def kernel(self, length: int) -> Tensor:
+        """K: (H, length), by the algorithm this layer was given."""
+        if self.kernel_name.startswith("cauchy"):
+            return ssm.cauchy_kernel(self.system(), length, keops=self.kernel_name == "cauchy_keops")
+        recurrence = ssm.discretize(self.system())
+        if self.kernel_name == "vandermonde":
+            return ssm.vandermonde_kernel(recurrence, length)
+        return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)
+
+    def forward(self, u: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
+        """u: (B, L, H) -> y (B, L, H) in u's dtype, and the state after the last sample if one was given."""
+        with torch.autocast(u.device.type, enabled=False):
+            u32 = u.to(self.D.dtype).mT
+            if state is None:
+                y = ssm.causal_convolution(u32, self.kernel(u.shape[1]))
+            else:
+                r = state.recurrence
+                y, x = ssm.scan(r.dense(), r.B, r.C, u32, state.x)
+                state = state._replace(x=x)
+            y = y + self.D[:, None] * u32
+        return y.mT.to(u.dtype), state
+
+    def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
+        """One sample of `forward`. u: (B, H) -> y (B, H)."""
+        with torch.autocast(u.device.type, enabled=False):
+            u32 = u.to(self.D.dtype)
+            y, x = state.recurrence.step(u32, state.x)
+            y = y + self.D * u32
+        return y.to(u.dtype), state._replace(x=x)
+
+    def init_state(self, batch_size: int) -> S4State:
+        """The state of silence before a recording: zeros, on the parameters' device."""
+        recurrence = ssm.discretize(self.system())
+        H, N = recurrence.C.shape
+        return S4State(recurrence.C.new_zeros(batch_size, H, N), recurrence)
