@@ -5,10 +5,10 @@ The model never shifts: `inputs[:, t]` is sample t − 1, and its logits predict
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -84,13 +84,19 @@ class ModelConfig:
         return math.prod(self.pool)
 
 
+class PooledState(NamedTuple):
+    """What the slower rate remembers between samples."""
+
+    pending: Tensor  # (B, H, p) samples of the block being collected
+    tier: "TierState"
+    current: Tensor  # (B, H, p) what the tier inside said of the block being played
+
+
 class TierState(NamedTuple):
     """What a tier remembers between samples."""
 
     down: tuple[S4State | None, ...]  # unet layers on the way down
-    pending: Tensor | None  # (B, H, p) samples of the block being collected
-    inner: "TierState | None"
-    current: Tensor | None  # (B, H, p) what the inner tier said of the block being played
+    pooled: PooledState | None
     layers: tuple[S4State | None, ...]
 
 
@@ -101,34 +107,66 @@ class SashimiState(NamedTuple):
     phase: int
 
 
+class Pooled(nn.Module):
+    """The tier inside, at 1/p of the rate: down, tier, up. Its output at a block depends on earlier blocks alone."""
+
+    def __init__(self, config: ModelConfig, depth: int) -> None:
+        super().__init__()
+        self.d_model, self.pool = config.d_model * config.expand**depth, config.pool[depth]
+        self.down = DownPool(self.d_model, config.expand, self.pool, config.weight_norm)
+        self.tier = Tier(config, depth + 1)
+        self.up = UpPool(self.d_model, config.expand, self.pool, config.weight_norm)
+
+    def forward(self, x: Tensor, state: PooledState | None = None) -> tuple[Tensor, PooledState | None]:
+        """x: (B, L, H) -> (B, L, H); p divides L, and a state is at the start of a block."""
+        if state is None:
+            y, _ = self.tier(self.down(x))
+            y, _ = self.up(y)
+            return y, None
+        y, tier = self.tier(self.down(x), state.tier)
+        y, current = self.up(y, state.current)
+        return y, PooledState(state.pending, tier, current)
+
+    def step(self, x: Tensor, state: PooledState, phase: int) -> tuple[Tensor, PooledState]:
+        """One sample of `forward`; the tier inside runs at the end of each block. x: (B, H) -> (B, H)."""
+        slot = phase % self.pool
+        pending, tier, current = state.pending.clone(), state.tier, state.current
+        pending[..., slot] = x
+        y = current[..., slot]
+        if slot == self.pool - 1:
+            pooled, tier = self.tier.step(self.down.step(pending), tier, phase // self.pool)
+            current = self.up.step(pooled)
+        return y, PooledState(pending, tier, current)
+
+    def init_state(self, batch_size: int) -> PooledState:
+        """The state at a recording's start."""
+        block = next(self.parameters()).new_zeros(batch_size, self.d_model, self.pool)
+        return PooledState(block, self.tier.init_state(batch_size), block)
+
+
 class Tier(nn.Module):
-    """One sampling rate: the tier inside runs once every p samples, then this tier's layers."""
+    """One sampling rate: (unet: layers on the way down,) what the slower tiers say, then this tier's layers."""
 
     def __init__(self, config: ModelConfig, depth: int = 0) -> None:
         super().__init__()
         d_model = config.d_model * config.expand**depth
-        pool = config.pool[depth] if depth < len(config.pool) else None
-        self.d_model, self.pool, self.unet = d_model, pool, config.unet and pool is not None
-        self.down = _layers(config, d_model) if self.unet else nn.ModuleList()
-        self.down_pool = self.inner = self.up_pool = None
-        if pool is not None:
-            self.down_pool = DownPool(d_model, config.expand, pool, config.weight_norm)
-            self.inner = Tier(config, depth + 1)
-            self.up_pool = UpPool(d_model, config.expand, pool, config.weight_norm)
+        innermost = depth == len(config.pool)
+        self.unet = config.unet and not innermost
+        self.down = _layers(config, d_model) if self.unet else Layers()
+        self.pooled = None if innermost else Pooled(config, depth)
         self.layers = _layers(config, d_model)
 
     def forward(self, x: Tensor, state: TierState | None = None) -> tuple[Tensor, TierState | None]:
         """x: (B, L, H) -> (B, L, H), from and to a state at phase 0 if one is given; the pools must divide L."""
-        skips, down, layers = [], [], []
+        skips, down, pooled, layers = [], [], None, []
         for i, layer in enumerate(self.down):
             skips.append(x)
             x, layer_state = layer(x, state and state.down[i])
             down.append(layer_state)
-        entry, inner, current = x, None, None
-        if self.inner is not None and self.down_pool is not None and self.up_pool is not None:
-            pooled, inner = self.inner(self.down_pool(x), state and state.inner)
-            above, current = self.up_pool(pooled, None if state is None else state.current)
-            entry = x = x + above
+        if self.pooled is not None:
+            above, pooled = self.pooled(x, state and state.pooled)
+            x = x + above
+        entry = x
         for i, layer in enumerate(self.layers):
             x, layer_state = layer(x, state and state.layers[i])
             layers.append(layer_state)
@@ -136,27 +174,19 @@ class Tier(nn.Module):
                 x = x + skips.pop()
         if not self.unet:
             x = x + entry
-        if state is not None:
-            state = TierState(tuple(down), state.pending, inner, current, tuple(layers))
-        return x, state
+        return x, state and TierState(tuple(down), pooled, tuple(layers))
 
     def step(self, x: Tensor, state: TierState, phase: int) -> tuple[Tensor, TierState]:
         """One sample of `forward`; phase counts this tier's samples. x: (B, H) -> (B, H)."""
-        skips, down, layers = [], [], []
+        skips, down, pooled, layers = [], [], state.pooled, []
         for layer, layer_state in zip(self.down, state.down, strict=True):
             skips.append(x)
             x, layer_state = layer.step(x, layer_state)
             down.append(layer_state)
-        entry, pending, inner, current = x, state.pending, state.inner, state.current
-        if self.inner is not None and self.down_pool is not None and self.up_pool is not None:
-            assert self.pool is not None and pending is not None and current is not None and inner is not None
-            slot = phase % self.pool
-            pending = pending.clone()
-            pending[..., slot] = x
-            entry = x = x + current[..., slot]
-            if slot == self.pool - 1:
-                pooled, inner = self.inner.step(self.down_pool.step(pending), inner, phase // self.pool)
-                current = self.up_pool.step(pooled)
+        if self.pooled is not None and state.pooled is not None:
+            above, pooled = self.pooled.step(x, state.pooled, phase)
+            x = x + above
+        entry = x
         for layer, layer_state in zip(self.layers, state.layers, strict=True):
             x, layer_state = layer.step(x, layer_state)
             layers.append(layer_state)
@@ -164,29 +194,30 @@ class Tier(nn.Module):
                 x = x + skips.pop()
         if not self.unet:
             x = x + entry
-        return x, TierState(tuple(down), pending, inner, current, tuple(layers))
+        return x, TierState(tuple(down), pooled, tuple(layers))
 
     def init_state(self, batch_size: int) -> TierState:
         """The state at a recording's start."""
-        block = inner = None
-        if self.inner is not None:
-            block = next(self.parameters()).new_zeros(batch_size, self.d_model, self.pool)
-            inner = self.inner.init_state(batch_size)
         return TierState(
             tuple(layer.init_state(batch_size) for layer in self.down),
-            block,
-            inner,
-            block,
+            None if self.pooled is None else self.pooled.init_state(batch_size),
             tuple(layer.init_state(batch_size) for layer in self.layers),
         )
 
 
-def _layers(config: ModelConfig, d_model: int) -> nn.ModuleList:
+class Layers(nn.ModuleList):
+    """A list of residual layers, typed."""
+
+    def __iter__(self) -> Iterator[Residual]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
+def _layers(config: ModelConfig, d_model: int) -> Layers:
     def residual(layer: S4Block | FeedForward) -> Residual:
         norm = nn.LayerNorm(d_model) if config.norm == "layer" else ScalarNorm()
         return Residual(norm, layer, config.dropout)
 
-    layers = nn.ModuleList()
+    layers = Layers()
     for _ in range(config.n_layers):
         s4 = S4(
             d_model,
@@ -223,7 +254,8 @@ class Sashimi(nn.Module):
 
     def scan(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
         """`forward` that carries a state at phase 0: inputs (B, L), L a multiple of the total pooling."""
-        assert state.phase == 0 and inputs.shape[1] % self.config.total_pool == 0
+        assert state.phase == 0
+        assert inputs.shape[1] % self.config.total_pool == 0
         x, tier = self.tier(self.embedding(inputs), state.tier)
         return self.head(self.norm(x)), SashimiState(tier, 0)
 

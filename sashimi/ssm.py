@@ -178,9 +178,7 @@ def cauchy_kernel(system: System, length: int, *, keops: bool = False) -> Tensor
     """
     recurrence = discretize(system)
     C_row = recurrence.C.unsqueeze(-2)
-    C_re, C_im = (
-        (C_row - C_row @ torch.linalg.matrix_power(recurrence.dense(), length)).squeeze(-2).chunk(2, -1)
-    )
+    C_re, C_im = (C_row - C_row @ torch.linalg.matrix_power(recurrence.dense(), length)).squeeze(-2).chunk(2, -1)
     C = torch.complex(0.5 * C_re, -0.5 * C_im)
     angle = -2 * math.pi / length * torch.arange(length // 2 + 1, dtype=torch.float64, device=C.device)
     omega = torch.polar(torch.ones_like(angle), angle)
