@@ -1,0 +1,308 @@
+"""Positions of the training order -> segments of recordings -> batches of levels.
+
+The stream keeps nothing but a count: the position, in segments, from which it starts. Which segment a position
+holds and where that segment lies is arithmetic (`order`, `Grid`), and reading it is one random access to a shard
+(`Segments`), done by torch's DataLoader in background workers. Each rank builds its own stream and reads its own
+part of every global batch, so the loader must not be handed to `Accelerator.prepare`, which would divide it again.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sashimi.audio import AudioConfig, Quantizer
+from sashimi.errors import InputError
+from sashimi.order import (
+    Int64s,
+    accumulation_steps,
+    crop_offset,
+    epoch_of,
+    rank_positions,
+    segment_at,
+)
+from sashimi.shards import DamagedMember, Split, open_split
+
+INT16_FULL_SCALE = 32768.0
+FILLER = -1  # segment id of a row that is there only so that all ranks have equal batches
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which recordings are read and how they are cut into segments."""
+
+    shards: str = "shards/demo"
+    """Folder of shards made by tools/make_shards.py."""
+    segment: int = 16000
+    """Length of a segment in samples: what the model trains on at once. The model's pooling must divide it."""
+    tail: Literal["drop", "pad"] = "pad"
+    """The end of a recording that fills no whole segment: `pad` makes it a shorter segment of its own, filled up with
+    silence that is not scored; `drop` leaves it out. A recording shorter than one segment is padded either way."""
+    crop: bool = False
+    """In training, shift each recording's segments by a random number of samples, drawn anew every epoch."""
+    workers: int = 2
+    """Background processes that read and quantize, for each rank; 0 reads in the training process."""
+    prefetch: int = 4
+    """Micro-batches that each worker prepares ahead."""
+    on_damage: Literal["mask", "fatal"] = "mask"
+    """A segment that cannot be decoded: `mask` trains on without it and reports it; `fatal` saves and stops the run."""
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise InputError("data.shards='': name a folder made by tools/make_shards.py")
+        if self.segment < 1:
+            raise InputError(f"data.segment={self.segment}: give at least 1 sample, e.g. 16000")
+        if self.tail not in ("drop", "pad"):
+            raise InputError(f"data.tail={self.tail!r}: choose drop or pad")
+        if self.workers < 0:
+            raise InputError(f"data.workers={self.workers}: give 0 or more processes")
+        if self.prefetch < 1:
+            raise InputError(f"data.prefetch={self.prefetch}: give at least 1 micro-batch")
+        if self.on_damage not in ("mask", "fatal"):
+            raise InputError(f"data.on_damage={self.on_damage!r}: choose mask or fatal")
+
+
+class Batch(NamedTuple):
+    """One micro-batch of B rows of L samples."""
+
+    inputs: Tensor
+    """(B, L) int64: the targets one sample later; `inputs[:, 0]` is the level of silence."""
+    targets: Tensor
+    """(B, L) int64 levels; silence where `mask` is False."""
+    mask: Tensor
+    """(B, L) bool: the samples to be scored. False in padding, damaged segments and filler rows."""
+    segment_ids: Tensor
+    """(B,) int64; FILLER in filler rows."""
+    faults: tuple[str, ...]
+    """A line for each segment that could not be decoded: shard, member, reason, segment."""
+
+
+class Cuts(NamedTuple):
+    """Where segments lie: three int64 arrays of one shape."""
+
+    recordings: Int64s
+    starts: Int64s
+    """First sample, within the recording."""
+    samples: Int64s
+    """Samples that the recording has for this segment, at most its length; 0 for FILLER."""
+
+
+class Grid:
+    """The segments of a split, numbered through its recordings; with a table of 8 bytes a recording, no more.
+
+    A recording of M samples has, for segments of L samples, max(1, ⌊M/L⌋) of them (`tail: drop`) or ⌈M/L⌉ (`pad`).
+    They lie end to end from sample 0, or with `crop` from an offset that is drawn for each epoch and recording:
+
+    - `drop`: from [0, M mod L]. All segments are whole. The samples before the first and after the last one, M mod L
+      together, are left out in this epoch; so a recording's ends are seen less often than its middle.
+    - `pad`: from [0, M mod L − 1], or 0 if M mod L is 0. The last segment is the shorter by the offset and keeps at
+      least one sample. The samples before the first one are left out in this epoch; so only its beginning is seen
+      less often.
+    - A recording shorter than L is one padded segment and is never shifted: it is there as a whole in each epoch.
+
+    So the number of segments does not depend on the offset, and segments stay inside their recording.
+    """
+
+    def __init__(self, recording_samples: Int64s, data: DataConfig) -> None:
+        self.recording_samples = recording_samples
+        self.data = data
+        beyond = data.segment - 1 if data.tail == "pad" else 0
+        counts = np.maximum(1, (recording_samples + beyond) // data.segment)
+        self.first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        self.n_segments = int(self.first[-1])
+
+    def cut(self, ids: Int64s) -> Cuts:
+        """Places of the segments `ids` (any shape; FILLER allowed), not shifted."""
+        recordings = np.searchsorted(self.first, ids, side="right") - 1
+        starts = (ids - self.first[recordings]) * self.data.segment
+        samples = np.minimum(self.data.segment, self.recording_samples[recordings] - starts)
+        return Cuts(recordings, starts, np.where(ids == FILLER, 0, samples))
+
+    def crop(self, cuts: Cuts, seed: int, epochs: Int64s) -> Cuts:
+        """The same segments, shifted by the offsets of `epochs`."""
+        lengths = self.recording_samples[cuts.recordings]
+        rest = lengths % self.data.segment
+        slack = rest if self.data.tail == "drop" else np.maximum(rest - 1, 0)
+        slack = np.where(lengths < self.data.segment, 0, slack)
+        starts = cuts.starts + crop_offset(seed, epochs, cuts.recordings, slack)
+        return Cuts(cuts.recordings, starts, np.minimum(self.data.segment, lengths - starts))
+
+
+class Segments(Dataset[Batch]):
+    """`segments[positions]` is the Batch of these positions (B,) of the training order of `seed`.
+
+    With seed None, for evaluation, positions are the segment ids themselves (FILLER allowed) and `data.crop` is
+    ignored. A segment that cannot be decoded becomes a row with nothing to score and a line in `faults`.
+
+    Padding follows quantization, as in the original: min-max quantizers stretch the samples of the recording
+    alone, and padding is exactly the level of silence. Raises InputError if the shards have another sample rate
+    than `audio`.
+    """
+
+    def __init__(self, split: Split, data: DataConfig, audio: AudioConfig, seed: int | None) -> None:
+        if split.sample_rate != audio.sample_rate:
+            raise InputError(
+                f"audio.sample_rate={audio.sample_rate}: {split.folder} was packed at {split.sample_rate} Hz; "
+                f"set audio.sample_rate to {split.sample_rate} or pack it again with --sample-rate"
+            )
+        self.split = split
+        self.data = data
+        self.seed = seed
+        self.grid = Grid(split.recording_samples, data)
+        self.quantizer = Quantizer(audio)
+
+    def __getitem__(self, positions: Int64s) -> Batch:
+        ids, cuts = self._locate(positions)
+        rows, L = len(ids), self.data.segment
+        levels = torch.full((rows, 1 + L), self.quantizer.silence)  # one level of silence before each segment
+        mask = torch.zeros(rows, L, dtype=torch.bool)
+        faults = []
+        for row in np.flatnonzero(cuts.samples):
+            recording, start, samples = (int(field[row]) for field in cuts)
+            try:
+                audio = self.split.read(recording, start, samples)
+            except DamagedMember as damage:
+                place = _describe(self.split, recording, start, samples)
+                faults.append(f"{damage} (segment {ids[row]}: {place})")
+                continue
+            levels[row, 1 : 1 + samples] = self.quantizer.encode(torch.from_numpy(audio) / INT16_FULL_SCALE)
+            mask[row, :samples] = True
+        inputs, targets = levels[:, :-1].contiguous(), levels[:, 1:].contiguous()
+        return Batch(inputs, targets, mask, torch.from_numpy(ids), tuple(faults))
+
+    def _locate(self, positions: Int64s) -> tuple[Int64s, Cuts]:
+        if self.seed is None:
+            return positions, self.grid.cut(positions)
+        ids = segment_at(positions, self.grid.n_segments, self.seed)
+        cuts = self.grid.cut(ids)
+        if self.data.crop:
+            cuts = self.grid.crop(cuts, self.seed, epoch_of(positions, self.grid.n_segments))
+        return ids, cuts
+
+
+def train_batches(
+    split: Split,
+    data: DataConfig,
+    audio: AudioConfig,
+    seed: int,
+    position: int,
+    batch_size: int,
+    micro_batch: int | None,
+    rank: int,
+    world_size: int,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's micro-batches from `position` (segments consumed so far by all ranks) on, without end.
+
+    Each run of `accumulation_steps(...)` of them is the rank's part of one global batch of `batch_size` segments.
+    Batches straddle epochs and nothing is dropped. To start at position 10,000,000 costs what position 0 costs.
+    Raises InputError if batch_size does not divide.
+    """
+    accumulation = accumulation_steps(batch_size, micro_batch, world_size)
+    micro_batch = batch_size // (world_size * accumulation)
+
+    def positions() -> Iterator[Int64s]:
+        start = position
+        while True:
+            yield from rank_positions(start, micro_batch, accumulation, rank, world_size)
+            start += batch_size
+
+    return iter(_loader(Segments(split, data, audio, seed), positions(), pin_memory))
+
+
+def eval_batches(
+    split: Split,
+    data: DataConfig,
+    audio: AudioConfig,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Each segment of the split once over all ranks, in batches of `batch_size` rows a rank.
+
+    Segment ids are dealt to the ranks in turn. Every rank has the same number of batches, `len` of the result;
+    where segments run out, rows are filler. It may be iterated again, by the same workers. Raises InputError if
+    batch_size is not positive.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size}: give at least 1 segment a rank")
+    segments = Segments(split, data, audio, seed=None)
+    n_batches = -(-segments.grid.n_segments // (world_size * batch_size))
+    ids = np.arange(n_batches * batch_size, dtype=np.int64) * world_size + rank
+    ids[ids >= segments.grid.n_segments] = FILLER
+    return _loader(segments, ids.reshape(n_batches, batch_size), pin_memory)
+
+
+class TrainingData:
+    """The train and valid splits as one rank of a run reads them."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        audio: AudioConfig,
+        seed: int,
+        batch_size: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        pin_memory: bool = False,
+    ) -> None:
+        """`batch_size` is global, `micro_batch` a rank's rows at once (0: all of its rows). See `train_batches`."""
+        self.data, self.audio, self.seed, self.batch_size = data, audio, seed, batch_size
+        self.accumulation = accumulation_steps(batch_size, micro_batch, world_size)
+        self.micro_batch = batch_size // (world_size * self.accumulation)
+        self.place, self.pin_memory = (rank, world_size), pin_memory
+        self.train = open_split(data.shards, "train")
+        self.segments_per_epoch = n_segments(self.train, data)
+        valid = open_split(data.shards, "valid")
+        self.valid_batches = eval_batches(valid, data, audio, self.micro_batch, rank, world_size, pin_memory)
+
+    def batches(self, position: int) -> Iterator[Batch]:
+        """This rank's micro-batches from `position` on, `accumulation` of them a step, without end."""
+        source = (self.train, self.data, self.audio, self.seed, position)
+        return train_batches(*source, self.batch_size, self.micro_batch, *self.place, self.pin_memory)
+
+    def describe(self, segment_id: int) -> str:
+        """Names a segment of the train split for messages."""
+        return describe_segment(self.train, self.data, segment_id)
+
+
+def n_segments(split: Split, data: DataConfig) -> int:
+    """Segments of a split: the length of an epoch."""
+    return Grid(split.recording_samples, data).n_segments
+
+
+def describe_segment(split: Split, data: DataConfig, segment_id: int) -> str:
+    """Where a segment lies, for messages: "recording NAME, samples a..b", before any random crop."""
+    cuts = Grid(split.recording_samples, data).cut(np.array([segment_id]))
+    return _describe(split, *(int(field[0]) for field in cuts))
+
+
+def _describe(split: Split, recording: int, start: int, samples: int) -> str:
+    return f"recording {split.recording_name(recording)}, samples {start}..{start + samples}"
+
+
+def _loader(segments: Segments, positions: Iterable[Int64s], pin_memory: bool) -> DataLoader[Batch]:
+    """One item of `positions` is one Batch, made by a background worker and delivered in order."""
+    workers = segments.data.workers
+    return DataLoader(
+        segments,
+        sampler=positions,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=segments.data.prefetch if workers else None,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # a loader draws a seed it never uses: not from the caller's generator
+    )
+
+
+def _as_it_is(batch: Any) -> Any:
+    """In place of torch's default, which would make a list of `faults`."""
+    return batch

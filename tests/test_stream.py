@@ -1,0 +1,339 @@
+"""Laws 7, 8 and 9 on real shards: which segments are read, on which rank, and what is in them."""
+
+import itertools
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sashimi.audio import AudioConfig, Quantizer
+from sashimi.errors import InputError
+from sashimi.order import segment_at
+from sashimi.shards import Split, open_split, write_split
+from sashimi.stream import (
+    FILLER,
+    Batch,
+    DataConfig,
+    Grid,
+    Segments,
+    describe_segment,
+    eval_batches,
+    n_segments,
+    train_batches,
+)
+
+L = 256  # samples of a segment
+LENGTHS = [100, 256, 1000, 2304, 255, 513, 1, 4000, 700, 257]  # of the recordings, in samples
+AUDIO = AudioConfig(sample_rate=8000, quantizer="linear", bits=16)  # level = sample + 32768, exactly
+DATA = DataConfig(segment=L, workers=0)
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def recordings() -> dict[str, np.ndarray]:
+    noise = np.random.default_rng(0)
+    return {
+        f"{number:06d}_noise": noise.integers(-30000, 30000, length).astype(np.int16)
+        for number, length in enumerate(LENGTHS)
+    }
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory, recordings: dict[str, np.ndarray]) -> Split:
+    """Several shards, and several chunks a recording, at lengths that no segment divides."""
+    folder = tmp_path_factory.mktemp("shards") / "noise"
+    return write_split(folder, "train", recordings, 8000, chunk_samples=600, shard_recordings=3)
+
+
+def in_position_order(streams: list[Iterable[Batch]], n_micro_steps: int) -> Batch:
+    """The first `n_micro_steps` of all ranks as one Batch, its rows in the order of their positions."""
+    micro_steps = zip(*(itertools.islice(stream, n_micro_steps) for stream in streams), strict=True)
+    batches = list(itertools.chain.from_iterable(micro_steps))
+    tensors = (torch.cat(field) for field in zip(*(batch[:4] for batch in batches), strict=True))
+    return Batch(*tensors, tuple(fault for batch in batches for fault in batch.faults))
+
+
+def global_batches(
+    split: Split, data: DataConfig, position: int, batch_size: int, micro_batch: int, world_size: int, n: int
+) -> Batch:
+    """The next `n` global batches, put together from all ranks."""
+    streams = [
+        train_batches(split, data, AUDIO, SEED, position, batch_size, micro_batch, rank, world_size)
+        for rank in range(world_size)
+    ]
+    return in_position_order(streams, n * batch_size // (micro_batch * world_size))
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    for name, x, y in zip(Batch._fields[:4], a, b, strict=False):
+        assert torch.equal(x, y), name
+    assert a.faults == b.faults
+
+
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch", "workers"),
+    [(1, 8, 1), (1, 2, 3), (2, 4, 0), (2, 2, 1), (4, 2, 0), (4, 1, 0), (2, 1, 3)],
+)
+@pytest.mark.parametrize("crop", [False, True])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_law_7_ranks_and_workers_train_on_the_same_batches(
+    split: Split, world_size: int, micro_batch: int, workers: int, crop: bool
+) -> None:
+    """Mutation: in `train_batches`, pass `0` for `rank` to `rank_positions`; or `accumulation` for `micro_batch`."""
+    data = replace(DATA, crop=crop)
+    one = global_batches(split, data, position=0, batch_size=8, micro_batch=8, world_size=1, n=6)
+    data = replace(data, workers=workers)
+    many = global_batches(split, data, 0, 8, micro_batch, world_size, n=6)
+    assert_equal(one, many)
+
+
+@pytest.mark.parametrize("tail", ["pad", "drop"])
+@pytest.mark.parametrize("batch_size", [8, 10])
+def test_law_8_each_epoch_holds_each_segment_once(split: Split, tail: str, batch_size: int) -> None:
+    """Batches straddle epochs, since none of these sizes divides an epoch. Mutation: in `train_batches`, advance
+    `start` by `batch_size + 1`."""
+    data = replace(DATA, tail=tail)
+    n = n_segments(split, data)
+    assert n % batch_size
+    seen = global_batches(split, data, 0, batch_size, batch_size // 2, 2, n=-(-3 * n // batch_size))
+    for epoch in range(3):
+        ids = seen.segment_ids[epoch * n : (epoch + 1) * n]
+        assert sorted(ids.tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize("position", [5, 10_000_003])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_law_9_to_resume_is_to_start_at_the_position(split: Split, position: int, workers: int) -> None:
+    """Stopped after 3 steps on one rank, when workers had read ahead; resumed on two ranks.
+
+    Mutation: in `train_batches`, start at `position // batch_size * batch_size`.
+    """
+    data = replace(DATA, crop=True, workers=workers)
+    unbroken = global_batches(split, data, position, batch_size=6, micro_batch=6, world_size=1, n=7)
+    before = global_batches(split, data, position, 6, 6, 1, n=3)
+    after = global_batches(split, data, position + 18, 6, 3, 2, n=4)
+    assert_equal(unbroken, in_position_order([[before, after]], 2))
+    expected = segment_at(position + np.arange(42), n_segments(split, data), SEED)
+    assert unbroken.segment_ids.tolist() == expected.tolist()
+
+
+def test_law_8_counts_of_segments(split: Split) -> None:
+    """Mutation: in `Grid`, `np.maximum(0, …)`; or `beyond = data.segment`."""
+    per_recording = {"drop": [1, 1, 3, 9, 1, 2, 1, 15, 2, 1], "pad": [1, 1, 4, 9, 1, 3, 1, 16, 3, 2]}
+    for tail, counts in per_recording.items():
+        grid = Grid(split.recording_samples, replace(DATA, tail=tail))
+        assert np.diff(grid.first).tolist() == counts
+        assert grid.n_segments == sum(counts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    segment=st.integers(1, 20),
+    tail=st.sampled_from(["drop", "pad"]),
+    epoch=st.integers(0, 10**9),
+)
+def test_law_8_crops_keep_the_count_and_stay_inside(lengths: list[int], segment: int, tail: str, epoch: int) -> None:
+    """Segments of an epoch lie end to end from one offset in [0, M mod L], whole but for the last one of `pad`.
+
+    Mutation: in `Grid.crop`, `slack = rest + 1`; or drop the line for recordings shorter than a segment.
+    """
+    data = DataConfig(segment=segment, tail=tail, crop=True)
+    grid = Grid(np.array(lengths, dtype=np.int64), data)
+    ids = np.arange(grid.n_segments)
+    cuts = grid.crop(grid.cut(ids), SEED, np.full(ids.shape, epoch))
+    for recording, length in enumerate(lengths):
+        mine = cuts.recordings == recording
+        starts, samples = cuts.starts[mine], cuts.samples[mine]
+        count = max(1, length // segment) if tail == "drop" else -(-length // segment)
+        assert len(starts) == count
+        assert 0 <= starts[0] <= (length % segment if length >= segment else 0)
+        assert np.array_equal(np.diff(starts), samples[:-1])
+        assert np.all(samples[:-1] == segment)
+        assert samples[-1] == (min(segment, length - starts[-1]) if tail == "pad" else min(segment, length))
+        assert samples[-1] > 0
+        assert starts[-1] + samples[-1] <= length
+
+
+def test_law_8_crops_are_drawn_anew_for_each_epoch_and_recording(split: Split) -> None:
+    """Mutation: in `Segments._locate`, give `Grid.crop` epochs of 0."""
+    segments = Segments(split, replace(DATA, tail="drop", crop=True), AUDIO, SEED)
+    n = segments.grid.n_segments
+    offsets: dict[int, set[int]] = {}
+    for epoch in range(40):
+        _, cuts = segments._locate(np.arange(epoch * n, (epoch + 1) * n))
+        for recording, start in zip(cuts.recordings, cuts.starts % L, strict=True):
+            offsets.setdefault(int(recording), set()).add(int(start))
+    rest = [length % L if length > L else 0 for length in LENGTHS]
+    assert all(len(offsets[r]) > 10 for r in range(len(LENGTHS)) if rest[r] > 100)
+    assert all(offsets[r] == {0} for r in range(len(LENGTHS)) if rest[r] == 0)
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_segments_are_the_signal_cut_from_the_source(
+    split: Split, recordings: dict[str, np.ndarray], crop: bool
+) -> None:
+    """Across chunks and shards, sample for sample; the input is the target one sample later.
+
+    Mutation: in `Segments`, quantize into `levels[row, :samples]`.
+    """
+    data = replace(DATA, crop=crop)
+    n = n_segments(split, data)
+    sources = list(recordings.values())
+    segments = Segments(split, data, AUDIO, SEED)
+    batch = segments[np.arange(2 * n)]
+    _, cuts = segments._locate(np.arange(2 * n))
+    crossing = 0
+    for row in range(2 * n):
+        recording, start, samples = (int(field[row]) for field in cuts)
+        crossing += start // 600 < (start + samples - 1) // 600
+        source = torch.from_numpy(sources[recording][start : start + samples].astype(np.int64)) + 32768
+        padding = torch.full((L - samples,), 32768)
+        assert torch.equal(batch.targets[row], torch.cat([source, padding]))
+        assert batch.mask[row].tolist() == [True] * samples + [False] * (L - samples)
+    assert crossing > 5
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    assert torch.all(batch.inputs[:, 0] == 32768)
+    assert batch.faults == ()
+
+
+def test_a_whole_epoch_scores_each_sample_once(split: Split) -> None:
+    """With `pad` and no crop nothing is left out. Mutation: in `Segments`, set all of `mask[row]`."""
+    batch = Segments(split, DATA, AUDIO, SEED)[np.arange(n_segments(split, DATA))]
+    assert int(batch.mask.sum()) == sum(LENGTHS)
+
+
+@pytest.mark.parametrize("quantizer", ["mu-law", "mu-law-minmax", "linear-minmax"])
+def test_short_segments_are_quantized_before_they_are_padded(tmp_path: Path, quantizer: str) -> None:
+    """The samples are all positive, so zeros beside them would change what min-max makes of them.
+
+    Mutation: in `Segments`, encode a row of L samples that holds zeros where the recording has ended.
+    """
+    samples = np.random.default_rng(1).integers(5000, 9000, 100).astype(np.int16)
+    audio = AudioConfig(sample_rate=8000, quantizer=quantizer)
+    batch = Segments(write_split(tmp_path, "train", {"0": samples}, 8000), DATA, audio, seed=None)[np.array([0])]
+    assert torch.equal(batch.targets[0, :100], Quantizer(audio).encode(torch.from_numpy(samples) / 32768))
+    assert torch.all(batch.targets[0, 100:] == 128)
+    assert batch.inputs[0, 0] == 128
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_law_8_evaluation_uses_each_segment_once_on_any_number_of_ranks(
+    split: Split, world_size: int, workers: int
+) -> None:
+    """Mutation: in `eval_batches`, drop the line that sets FILLER; or round `n_batches` down."""
+    data = replace(DATA, workers=workers, crop=True)
+    loaders = [eval_batches(split, data, AUDIO, 4, rank, world_size) for rank in range(world_size)]
+    assert len({len(loader) for loader in loaders}) == 1
+    for _ in range(2):  # a second evaluation, by the same loaders
+        everything = in_position_order(loaders, len(loaders[0]))
+        filler = everything.segment_ids == FILLER
+        n = n_segments(split, data)
+        assert Counter(everything.segment_ids[~filler].tolist()) == Counter(range(n))
+        assert not everything.mask[filler].any()
+        assert int(everything.mask.sum()) == sum(LENGTHS)
+        assert len(filler) < n + 4 * world_size
+
+
+def damage(split: Split, folder: Path, recording: int) -> Split:
+    """A copy of the shards with some bytes of a recording's first chunk overwritten, and nothing else."""
+    shutil.copytree(split.folder, folder)
+    row = split.index[split.recording_first[recording]]
+    with open(folder / split.shard_names[row["shard"]], "r+b") as tar:
+        tar.seek(int(row["offset"]) + int(row["bytes"]) // 2)
+        tar.write(b"\xaa" * 20)
+    return open_split(folder, split.name)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_law_8_a_damaged_segment_is_masked_and_named_and_leaves_the_others_alone(
+    split: Split, tmp_path: Path, workers: int
+) -> None:
+    """Mutation: in `Segments`, leave the loop (`break`) at a DamagedMember instead of going on."""
+    data = replace(DATA, workers=workers)
+    n = n_segments(split, data)
+    damaged = damage(split, tmp_path / "noise", recording=3)
+    whole = global_batches(split, data, 0, n, n, 1, n=1)
+    holed = global_batches(damaged, data, 0, n, n, 1, n=1)
+    assert torch.equal(whole.segment_ids, holed.segment_ids)
+    hit = ~holed.mask.any(dim=1)
+    assert torch.all(holed.targets[hit] == 32768)
+    assert set(holed.segment_ids[hit].tolist()) == {6, 7, 8}  # those that need the first 600 samples
+    for name, a, b in zip(Batch._fields[:4], whole, holed, strict=False):
+        assert torch.equal(a[~hit], b[~hit]), name
+    assert len(holed.faults) == 3
+    fault = next(fault for fault in holed.faults if "segment 7" in fault)
+    assert str(tmp_path / "noise" / "train-000001.tar") in fault
+    assert "000003_noise-00000.flac" in fault
+    assert "recording 000003_noise, samples 256..512" in fault
+
+
+def test_a_missing_shard_is_a_fault_of_its_segments_alone(split: Split, tmp_path: Path) -> None:
+    """Mutation: in `Segments`, catch nothing."""
+    shutil.copytree(split.folder, tmp_path / "noise")
+    (tmp_path / "noise" / "train-000000.tar").unlink()
+    batch = Segments(open_split(tmp_path / "noise", "train"), DATA, AUDIO, seed=None)[np.arange(10)]
+    assert (~batch.mask.any(dim=1)).tolist() == [True] * 6 + [False] * 4
+    assert len(batch.faults) == 6
+
+
+def test_describe_segment_names_the_recording_and_its_samples(split: Split) -> None:
+    """Mutation: in `Grid.cut`, `side="left"`."""
+    assert describe_segment(split, DATA, 0) == "recording 000000_noise, samples 0..100"
+    assert describe_segment(split, DATA, 5) == "recording 000002_noise, samples 768..1000"
+    assert describe_segment(split, DATA, 6) == "recording 000003_noise, samples 0..256"
+
+
+def test_streams_leave_the_callers_random_state_alone(split: Split) -> None:
+    """Dropout after a resume must not depend on how many loaders were opened. Mutation: in `_loader`, drop
+    `generator`."""
+    before = torch.get_rng_state()
+    next(train_batches(split, DATA, AUDIO, SEED, 0, 4, 4, 0, 1))
+    next(iter(eval_batches(split, DATA, AUDIO, 4, 0, 1)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pinned_batches_are_the_same_batches(split: Split, workers: int) -> None:
+    """Mutation: in `_loader`, drop `pin_memory`."""
+    data = replace(DATA, workers=workers)
+    plain = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8, 0, 1))
+    pinned = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8, 0, 1, pin_memory=True))
+    assert pinned.inputs.is_pinned()
+    assert pinned.mask.is_pinned()
+    assert_equal(plain, pinned)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"shards": ""}, "data.shards='': name a folder"),
+        ({"segment": 0}, "data.segment=0: give at least 1 sample"),
+        ({"tail": "cut"}, "data.tail='cut': choose drop or pad"),
+        ({"workers": -1}, "data.workers=-1: give 0 or more"),
+        ({"prefetch": 0}, "data.prefetch=0: give at least 1"),
+        ({"on_damage": "skip"}, "data.on_damage='skip': choose mask or fatal"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        replace(DATA, **fields)
+
+
+def test_wrong_use_is_refused_by_name(split: Split) -> None:
+    with pytest.raises(InputError, match=r"audio.sample_rate=16000: .* packed at 8000 Hz; set audio.sample_rate"):
+        Segments(split, DATA, AudioConfig(), SEED)
+    with pytest.raises(InputError, match="batch_size=5: must be a multiple of world_size 2"):
+        train_batches(split, DATA, AUDIO, SEED, 0, 5, None, 0, 2)
+    with pytest.raises(InputError, match="batch_size=0: give at least 1"):
+        eval_batches(split, DATA, AUDIO, 0, 0, 1)
