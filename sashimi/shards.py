@@ -1,0 +1,314 @@
+"""The shard format: index the tars of a folder, and read any stretch of any recording back.
+
+    shards/NAME/train-000000.tar    plain WebDataset: pairs KEY.flac (16-bit mono) and KEY.json
+    shards/NAME/train.npy           the index: a record of INDEX_DTYPE for each flac, in the order of the tars
+    shards/NAME/manifest.json       sample rate, labels, checksums, counts and settings; written last
+
+A *recording* is one source file. It lies in one shard as one or more consecutive *chunks*, members of at most
+`chunk_samples` samples. The tars are the truth: `seal` makes index and manifest from them at any time.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile as sf
+
+from sashimi.atomic import MANIFEST, read_json, write_file, write_json
+from sashimi.errors import InputError
+from sashimi.shard_writer import ShardWriter
+
+FORMAT = "sashimi-shards-1"
+SPLITS = ("train", "valid", "test")
+NO_LABEL = -1
+SEALED = ("format", "sample_rate", "labels", "splits")  # what the manifest says of the tars; the rest is their history
+
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),  # place of the tar among the split's sorted tars
+        ("offset", "<u8"),  # of the flac's first byte within the tar
+        ("bytes", "<u4"),  # length of the flac
+        ("recording", "<u4"),  # 0, 1, 2, … within the split
+        ("start", "<u8"),  # of the chunk within its recording, in samples
+        ("samples", "<u4"),
+        ("label", "<i4"),  # place in the manifest's labels, or NO_LABEL
+    ]
+)
+
+
+class DamagedMember(Exception):
+    """A member of a shard cannot be read. The message names the shard's file, the member and the reason."""
+
+    def __init__(self, shard: Path, member: str, reason: str) -> None:
+        super().__init__(shard, member, reason)
+
+    def __str__(self) -> str:
+        shard, member, reason = self.args
+        return f"{shard}: {member}: {reason}"
+
+
+class Split:
+    """Random access to one split of a shard folder; made by `open_split`.
+
+    It holds no open file, so it may be pickled and forked freely. `index` is a memory map (rows,) of INDEX_DTYPE.
+    Recording r has `recording_samples[r]` samples, int64 (R,), in the index rows from `recording_first[r]` to
+    `recording_first[r + 1]`, int64 (R + 1,).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        sample_rate: int,
+        shard_names: list[str],
+        labels: list[str],
+        index: np.ndarray,
+    ) -> None:
+        self.folder = folder
+        self.name = name
+        self.sample_rate = sample_rate
+        self.shard_names = shard_names
+        self.labels = labels
+        self.index = index
+        self.n_recordings = int(index["recording"][-1]) + 1
+        bounds = np.arange(self.n_recordings + 1, dtype=index["recording"].dtype)
+        self.recording_first = np.searchsorted(index["recording"], bounds).astype(np.int64)
+        sums = np.add.reduceat(index["samples"], self.recording_first[:-1], dtype=np.int64)
+        self.recording_samples: np.ndarray = np.asarray(sums)
+
+    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Path, str]]:
+        return open_split, (self.folder, self.name)  # a memory map would be pickled as a full copy
+
+    def read(self, recording: int, start: int, samples: int) -> np.ndarray:
+        """Samples start .. start + samples of a recording, int16 (samples,), across its chunks.
+
+        Raises DamagedMember if a chunk it needs is missing, cut or damaged (flac frames carry checksums).
+        """
+        stop = start + samples
+        assert 0 <= start <= stop <= self.recording_samples[recording], (recording, start, samples)
+        rows = self.index[self.recording_first[recording] : self.recording_first[recording + 1]]
+        chunk = int(np.searchsorted(rows["start"], np.uint64(start), side="right")) - 1
+        out = np.empty(samples, np.int16)
+        done = 0
+        while done < samples:
+            row = rows[chunk]
+            first = start + done - int(row["start"])
+            count = min(samples - done, int(row["samples"]) - first)
+            out[done : done + count] = read_clip(self.folder / self.shard_names[row["shard"]], row, first, count)
+            done += count
+            chunk += 1
+        return out
+
+    def recording_name(self, recording: int) -> str:
+        """Key of a recording, for messages: its number in the plan and the stem of its source file."""
+        row = self.index[self.recording_first[recording]]
+        return member_name(self.folder / self.shard_names[row["shard"]], row).rpartition("-")[0]
+
+
+def open_split(folder: str | Path, split: str) -> Split:
+    """Opens a split ("train", "valid" or "test") of a shard folder. InputError if there is nothing to read."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    splits = manifest["splits"]
+    if split not in splits or splits[split]["clips"] == 0:
+        filled = ", ".join(name for name in splits if splits[name]["clips"]) or "none"
+        raise InputError(f"{folder} has no clips in split {split!r}: splits with clips are {filled}")
+    path = folder / f"{split}.npy"
+    try:
+        index = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: {error}: {_rebuild(folder)}") from error
+    if index.dtype != INDEX_DTYPE or len(index) != splits[split]["clips"]:
+        raise InputError(f"{path} does not agree with the manifest: {_rebuild(folder)}")
+    names = [shard["name"] for shard in splits[split]["shards"]]
+    return Split(folder, split, manifest["sample_rate"], names, manifest["labels"], index)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a shard folder. InputError if the folder is missing, unfinished or of another kind."""
+    make = f"python tools/make_shards.py SOURCE --out {folder}"
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of shards: make it with `{make}`")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{path} is missing, so packing did not finish: run `{make}` again, as before")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{path}: format={manifest.get('format')!r} is not {FORMAT!r}: pack the audio again")
+    return manifest
+
+
+def _rebuild(folder: Path) -> str:
+    return f"run `python tools/check_shards.py {folder} --rebuild-index`"
+
+
+def read_clip(shard: Path, row: np.void, start: int, samples: int) -> np.ndarray:
+    """Samples start .. start + samples of the clip of one index row, int16 (samples,). DamagedMember if it cannot."""
+    try:
+        data = read_bytes(shard, int(row["offset"]), int(row["bytes"]))
+        with sf.SoundFile(io.BytesIO(data)) as flac:
+            flac.seek(start)
+            audio = flac.read(samples, dtype="int16")
+    except (OSError, sf.LibsndfileError) as error:
+        raise DamagedMember(shard, member_name(shard, row), str(error)) from error
+    if audio.shape != (samples,):
+        reason = f"decoded to shape {audio.shape}, wanted ({samples},)"
+        raise DamagedMember(shard, member_name(shard, row), reason)
+    return audio
+
+
+def member_name(shard: Path, row: np.void) -> str:
+    """Name of the flac of one index row, from the tar header before it; for messages, so it never fails."""
+    header_at = int(row["offset"]) - tarfile.BLOCKSIZE
+    try:
+        header = read_bytes(shard, header_at, tarfile.BLOCKSIZE)
+        return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+    except (OSError, tarfile.HeaderError):
+        return f"the member at byte {header_at}"
+
+
+def read_bytes(path: Path, offset: int, size: int) -> bytes:
+    """`size` bytes of a shard from `offset` on. All random reading goes through here; so would a remote store."""
+    with open(path, "rb", buffering=0) as file:  # opened anew: cheap beside decoding, and safe to fork and pickle
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise OSError(f"the file ends {size - len(data)} bytes too early")
+    return data
+
+
+class ShardScan(NamedTuple):
+    """What one tar holds: index `rows` with shard 0 and recordings counted from 0, and what a manifest says."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: np.ndarray
+    labels: dict[int, str]
+    sample_rates: set[int]
+
+
+def scan_shard(path: Path) -> ShardScan:
+    """Reads a tar's headers, JSON members and checksum. DamagedMember where they are not as `ShardWriter` writes."""
+    rows: list[tuple[int, ...]] = []
+    labels: dict[int, str] = {}
+    rates: set[int] = set()
+    recordings: dict[str, int] = {}
+    name = "the tar"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = iter(tar)
+            for flac, about in itertools.zip_longest(members, members):
+                name = flac.name
+                if about is None or about.name != name.removesuffix(".flac") + ".json":
+                    raise DamagedMember(path, name, "is not followed by its json")
+                stream = tar.extractfile(about)
+                assert stream is not None
+                fields = json.load(stream)
+                number = recordings.setdefault(fields["recording"], len(recordings))
+                label = fields.get("label_id", NO_LABEL)
+                place = (0, flac.offset_data, flac.size)
+                rows.append((*place, number, fields["start"], fields["samples"], label))
+                rates.add(fields["sample_rate"])
+                if label != NO_LABEL:
+                    labels[label] = fields["label"]
+        with open(path, "rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+        raise DamagedMember(path, name, f"{type(error).__name__}: {error}") from error
+    size = path.stat().st_size
+    return ShardScan(path.name, size, checksum, np.array(rows, INDEX_DTYPE), labels, rates)
+
+
+def rebuild(folder: Path) -> dict[str, Any]:
+    """Seals a folder anew from its tars. What a readable manifest says of how it was packed is kept."""
+    if not any(folder.glob("*.tar")):
+        raise InputError(f"{folder}: there are no shards in it to make an index from")
+    try:
+        old = read_manifest(folder)
+    except InputError:
+        old = {}
+    about = {key: old[key] for key in old if key not in SEALED}
+    try:
+        return seal(folder, about)
+    except DamagedMember as damage:
+        raise InputError(f"{damage}: restore or delete this shard, then rebuild") from damage
+
+
+def seal(
+    folder: Path,
+    about: Mapping[str, Any],
+    scan: Callable[[Callable[[Path], ShardScan], list[Path]], Iterable[ShardScan]] = map,
+) -> dict[str, Any]:
+    """Writes the indexes and the manifest of a folder of finished shards from its tars; returns the manifest.
+
+    `about` (settings and the like) is added to the manifest; `scan` is `map` or that of a process pool.
+    """
+    paths = [path for split in SPLITS for path in sorted(folder.glob(f"{split}-*.tar"))]
+    scans = list(scan(scan_shard, paths))
+    rates = set[int]().union(*(one.sample_rates for one in scans))
+    if len(rates) != 1:
+        raise InputError(f"{folder}: clips have sample rates {sorted(rates)}: a folder of shards needs exactly one")
+    sample_rate = rates.pop()
+    names = {label: name for one in scans for label, name in one.labels.items()}
+    labels = [names.get(label, f"label-{label}") for label in range(max(names, default=-1) + 1)]
+    splits = {}
+    for split in SPLITS:
+        shards = [one for one in scans if one.name.startswith(f"{split}-")]
+        index = _join(shards)
+        buffer = io.BytesIO()
+        np.save(buffer, index)
+        samples = int(index["samples"].sum(dtype=np.int64))
+        write_file(folder / f"{split}.npy", buffer.getvalue())
+        splits[split] = {
+            "recordings": len(np.unique(index["recording"])),
+            "clips": len(index),
+            "samples": samples,
+            "hours": round(samples / sample_rate / 3600, 6),
+            "shards": [{"name": one.name, "bytes": one.bytes, "sha256": one.sha256} for one in shards],
+        }
+    manifest = dict(zip(SEALED, (FORMAT, sample_rate, labels, splits), strict=True)) | dict(about)
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def _join(shards: list[ShardScan]) -> np.ndarray:
+    """One index from those of a split's shards: shards and recordings numbered through."""
+    parts = [np.empty(0, INDEX_DTYPE)]
+    recordings = 0
+    for number, shard in enumerate(shards):
+        rows = shard.rows.copy()
+        rows["shard"] = number
+        rows["recording"] += np.uint32(recordings)
+        recordings += len(np.unique(rows["recording"]))
+        parts.append(rows)
+    return np.concatenate(parts)
+
+
+def write_split(
+    folder: str | Path,
+    split: str,
+    recordings: Mapping[str, np.ndarray],
+    sample_rate: int,
+    chunk_samples: int = 960_000,
+    shard_recordings: int = 1000,
+) -> Split:
+    """Packs arrays in memory, key -> int16 (samples,), as one split of a shard folder, and opens it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    items = iter(recordings.items())
+    for number in itertools.count():
+        batch = list(itertools.islice(items, shard_recordings))
+        if not batch:
+            break
+        with ShardWriter(folder / f"{split}-{number:06d}.tar", sample_rate, chunk_samples) as writer:
+            for key, audio in batch:
+                writer.add(key, [audio])
+    seal(folder, {})
+    return open_split(folder, split)

@@ -1,0 +1,230 @@
+"""The shard format, laws 10 and 11: what is packed is read back exactly, by us and by others; damage is named."""
+
+import json
+import pickle
+import re
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sashimi.errors import InputError
+from sashimi.shard_writer import ShardWriter, regroup
+from sashimi.shards import INDEX_DTYPE, DamagedMember, Split, open_split, rebuild, seal, write_split
+from sashimi.verifying import verify
+
+RATE = 8000
+CHUNK = 1000
+LENGTHS = (1, 999, 1000, 1001, 2500, 3000, 7, 4321)
+
+
+def recording(length: int) -> np.ndarray:
+    """Noise of full scale, different for each length."""
+    return np.random.default_rng(length).integers(-32768, 32768, length).astype(np.int16)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    """Recordings of one to five chunks in three shards, and a small valid split."""
+    folder = tmp_path / "noise"
+    write_split(folder, "valid", {"only": recording(500)}, RATE, CHUNK)
+    return write_split(folder, "train", {f"r{n}": recording(n) for n in LENGTHS}, RATE, CHUNK, shard_recordings=3)
+
+
+def test_any_stretch_is_read_back(split: Split) -> None:
+    """Law 10: sample for sample, within and across chunks. Mutation: `side="right"` -> `"left"` in `Split.read`."""
+    assert split.recording_samples.tolist() == list(LENGTHS)
+    assert split.recording_first.tolist() == [0, 1, 2, 3, 5, 8, 11, 12, 17]
+    rng = np.random.default_rng(0)
+    for number, length in enumerate(LENGTHS):
+        audio = recording(length)
+        assert split.recording_name(number) == f"r{length}"
+        for start in {
+            0,
+            length - 1,
+            *(edge for edge in (999, 1000, 2000) if edge < length),
+            *rng.integers(length, size=20),
+        }:
+            for samples in {1, length - start, int(rng.integers(1, length - start + 1))}:
+                assert np.array_equal(split.read(number, int(start), int(samples)), audio[start : start + samples])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 40)), st.integers(1, 30))
+def test_regroup_keeps_every_sample(lengths: list[int], size: int) -> None:
+    """In blocks of `size`, but for the last. Mutation: drop `if len(held)` and what it yields."""
+    audio = np.arange(sum(lengths), dtype=np.int16)
+    blocks = list(regroup(np.split(audio, np.cumsum(lengths)[:-1]), size)) if lengths else []
+    assert np.array_equal(np.concatenate([audio[:0], *blocks]), audio)
+    assert [len(block) for block in blocks[:-1]] == [size] * (len(blocks) - 1)
+    assert all(0 < len(block) <= size for block in blocks[-1:])
+
+
+def test_others_read_the_shards(split: Split) -> None:
+    """Law 11: webdataset decodes them and tar lists them. Mutation: `-{number:05d}.json` -> `.{number:05d}.json`."""
+    url = str(split.folder / "train-{000000..000002}.tar")
+    clips = list(webdataset.WebDataset(url, shardshuffle=False).decode())
+    assert [set(clip) >= {"flac", "json", "__key__"} for clip in clips] == [True] * len(split.index)
+    for clip, row in zip(clips, split.index, strict=True):
+        about = clip["json"]
+        assert (about["recording"], about["start"]) == (f"r{LENGTHS[row['recording']]}", row["start"])
+        assert (about["samples"], about["sample_rate"]) == (row["samples"], RATE)
+        assert clip["__key__"] == f"{about['recording']}-{about['start'] // CHUNK:05d}"
+    for shard in split.shard_names:
+        listing = subprocess.run(["tar", "tf", split.folder / shard], capture_output=True, text=True, check=True)
+        assert listing.stderr == ""
+        with tarfile.open(split.folder / shard) as tar:
+            assert listing.stdout.split() == tar.getnames()
+
+
+def test_equal_recordings_give_equal_bytes(tmp_path: Path) -> None:
+    """Law 10: nothing of the clock, the user or the number of writes. Mutation: `info.mtime = time.time_ns()`."""
+    for name, blocks in (("a", [recording(2500)]), ("b", np.array_split(recording(2500), 7))):
+        with ShardWriter(tmp_path / name, RATE, CHUNK) as writer:
+            writer.add("key", blocks, zebra=1, ape=2)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_shard_is_whole_or_absent(tmp_path: Path) -> None:
+    """An error keeps the recording out of the tar, or the tar out of the folder. Mutation: drop `seek` in `add`."""
+
+    def broken() -> object:
+        yield recording(2500)
+        raise RuntimeError("source broke")
+
+    with ShardWriter(tmp_path / "train-000000.tar", RATE, CHUNK) as writer:
+        writer.add("good", [recording(10)])
+        for blocks in (broken(), [], [recording(0)]):
+            with pytest.raises((RuntimeError, ValueError)):
+                writer.add("bad", blocks)
+        writer.add("fine", [recording(11)])
+    with tarfile.open(tmp_path / "train-000000.tar") as tar:
+        assert [name.split("-")[0] for name in tar.getnames()] == ["good", "good", "fine", "fine"]
+
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "train-000001.tar", RATE, CHUNK) as writer:
+        writer.add("bad", broken())
+    assert [path.name for path in tmp_path.iterdir()] == ["train-000000.tar"]
+
+
+def test_split_is_small_to_send(split: Split) -> None:
+    """To a worker: not the index, which may be large. Mutation: drop `Split.__reduce__`."""
+    sent = pickle.dumps(split)
+    assert len(sent) < 300
+    assert np.array_equal(pickle.loads(sent).read(4, 900, 1500), recording(2500)[900:2400])
+    assert isinstance(split.index, np.memmap)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_damage_is_named(split: Split, damage: str) -> None:
+    """Shard, member and reason; never wrong samples. Mutation: drop `if len(data) != size` in `read_bytes`."""
+    path = split.folder / split.shard_names[1]
+    row = split.index[split.recording_first[4]]  # the second recording of the second shard: 2500 and then 3000 samples
+    content = bytearray(path.read_bytes())
+    middle = int(row["offset"]) + int(row["bytes"]) // 2
+    if damage == "flip":
+        content[middle] ^= 1
+        path.write_bytes(content)
+    elif damage == "cut":
+        path.write_bytes(content[:middle])
+    else:
+        path.unlink()
+    with pytest.raises(DamagedMember, match=rf"^{path}: .+: .+") as caught:
+        split.read(4, 500, 1)
+    assert "r2500-00000.flac" in str(caught.value) or damage == "delete"
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+    if damage == "flip":
+        assert np.array_equal(split.read(5, 0, 3000), recording(3000))
+    found = verify(split.folder)
+    assert found["valid"].faults == []
+    assert all(str(path) in fault for fault in found["train"].faults)
+    assert len(found["train"].faults) >= 1
+
+
+@pytest.mark.parametrize("corrupted", ["manifest.json", "train.npy", "both", "none"])
+def test_index_is_rebuilt_from_the_tars(split: Split, corrupted: str) -> None:
+    """Byte for byte. Mutation: `recordings += len(...)` -> `recordings += 1` in `_join`."""
+    folder = split.folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("manifest.json", "train.npy"):
+        if corrupted in (name, "both"):
+            (folder / name).write_bytes(b"{")
+            with pytest.raises(InputError, match=r"--rebuild-index|not JSON"):
+                open_split(folder, "train")
+    rebuild(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_verify_compares_index_and_tars(split: Split) -> None:
+    """An index of other shards, a stray shard, a missing chunk. Mutation: drop any of these checks in `verifying`."""
+    path = split.folder / "train.npy"
+    index = np.load(path)
+    index["start"][3] += 1
+    np.save(path, index)
+    assert [re.search("index", fault) is not None for fault in verify(split.folder)["train"].faults] == [True]
+    rebuild(split.folder)
+    assert verify(split.folder)["train"].faults == []
+
+    stray = split.folder / "train-000003.tar"
+    with ShardWriter(stray, RATE, CHUNK) as writer:
+        writer.add("gap", [recording(2500)])
+    assert verify(split.folder)["train"].faults == [f"{stray}: not in the manifest"]
+
+    with tarfile.open(stray) as tar:
+        first_chunk = tar.getmember("gap-00001.flac").offset
+    stray.write_bytes(stray.read_bytes()[first_chunk:])
+    rebuild(split.folder)
+    assert verify(split.folder)["train"].faults == [f"{stray}: gap-00001.flac: a chunk before it is missing"]
+
+
+def test_verify_measures(tmp_path: Path) -> None:
+    """A square wave of -20 dBFS, half of it silent. Mutation: `SILENCE**2` -> `SILENCE`."""
+    wave = np.where(np.arange(RATE) % 2, 3277, -3277).astype(np.int16)
+    write_split(tmp_path, "test", {"a": np.concatenate([wave, np.zeros(RATE, np.int16)])}, RATE)
+    found = verify(tmp_path)["test"]
+    assert found.loudness == pytest.approx(-20 - 10 * np.log10(2), abs=0.01)
+    assert found.silence == 0.5
+    assert (found.shards, found.recordings, found.clips, found.samples) == (1, 1, 1, 2 * RATE)
+
+
+def test_manifest_counts(split: Split) -> None:
+    """What a reader relies on. Mutation: `samples / sample_rate / 3600` -> `samples / 3600`."""
+    manifest = json.loads((split.folder / "manifest.json").read_text())
+    about = manifest["splits"]["train"]
+    assert (manifest["sample_rate"], about["recordings"], about["clips"]) == (RATE, len(LENGTHS), 17)
+    assert about["samples"] == sum(LENGTHS)
+    assert about["hours"] == pytest.approx(sum(LENGTHS) / RATE / 3600, abs=1e-6)
+    assert manifest["splits"]["test"]["shards"] == []
+    assert split.index.dtype == INDEX_DTYPE
+
+
+def test_opening_what_is_not_there(split: Split, tmp_path: Path) -> None:
+    """One line that says what to run. Mutation: drop a check in `read_manifest` or `open_split`."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").write_text('{"format": "something"}')
+    for folder, name, message in (
+        (tmp_path / "nowhere", "train", "make_shards.py SOURCE --out"),
+        (empty, "train", "packing did not finish: run"),
+        (other, "train", "format='something'"),
+        (split.folder, "test", "no clips in split 'test': splits with clips are train, valid"),
+        (split.folder, "dev", "no clips in split 'dev'"),
+    ):
+        with pytest.raises(InputError, match=rf"^{folder}[^\n]*{re.escape(message)}[^\n]*$"):
+            open_split(folder, name)
+    with pytest.raises(InputError, match="no shards in it"):
+        rebuild(empty)
+
+
+def test_one_rate_a_folder(split: Split) -> None:
+    """Mutation: drop the check in `seal`."""
+    with ShardWriter(split.folder / "test-000000.tar", 2 * RATE, CHUNK) as writer:
+        writer.add("fast", [recording(10)])
+    with pytest.raises(InputError, match=r"sample rates \[8000, 16000\]"):
+        seal(split.folder, {})

@@ -1,0 +1,138 @@
+"""Which files are packed, in which order, and into which split."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from sashimi.errors import InputError
+from sashimi.sources import SourceConfig, find_sources, natural_key
+
+
+def touch(root: Path, *names: str) -> None:
+    """Empty files: no audio is opened here."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def splits(root: Path, **fields: object) -> dict[str, list[str]]:
+    """Names by split, in order."""
+    found: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for source in find_sources(SourceConfig(str(root), **fields)):  # type: ignore[arg-type]
+        assert source.path == root / source.name or root.suffix
+        found[source.split].append(source.name)
+    return found
+
+
+def test_natural_order() -> None:
+    """Digits compare as numbers, wherever they are. Mutation: `int(part)` -> `part`."""
+    expected = "9.wav 10.wav a09b1.wav a9b10.wav a10b2.wav a10b10.wav a.wav a/9.wav a/10.wav b/1.wav".split()
+    assert sorted(random.Random(0).sample(expected, len(expected)), key=natural_key) == expected
+
+
+@pytest.mark.parametrize("count", [50, 100, 133])
+def test_fractions_cut_the_sorted_files(tmp_path: Path, count: int) -> None:
+    """At ⌊88 %⌋ and ⌊94 %⌋ as in the original. Mutation: drop `+ 1e-6`, or sort by name alone."""
+    touch(tmp_path, *(f"out{i}.wav" for i in range(count)))
+    found = splits(tmp_path)
+    bounds = (count * 88 // 100, count * 94 // 100)
+    assert found["train"] == [f"out{i}.wav" for i in range(bounds[0])]
+    assert found["valid"] == [f"out{i}.wav" for i in range(*bounds)]
+    assert found["test"] == [f"out{i}.wav" for i in range(bounds[1], count)]
+
+
+@pytest.mark.parametrize(
+    ("group_by", "group"),
+    [
+        ("parent", lambda name: name.split("/")[0]),
+        (r"take(\d)", lambda name: name.split("take")[1][0]),
+        (r"take\d", lambda name: name.split("take")[1][0]),
+    ],
+)
+def test_groups_stay_together(tmp_path: Path, group_by: str, group: object) -> None:
+    """In one split, and every file once. Mutation: `return str(match[1] ...)` -> `return name`."""
+    touch(tmp_path, *(f"voice{v}/take{t}-{i}.wav" for v in range(8) for t in range(9) for i in range(3)))
+    found = splits(tmp_path, group_by=group_by, fractions=(50, 25, 25))
+    assert sum(map(len, found.values())) == 8 * 9 * 3
+    groups = [{group(name) for name in names} for names in found.values()]  # type: ignore[operator]
+    assert all(groups)
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    share = len(found["train"]) / (8 * 9 * 3)
+    assert 0.4 < share < 0.7
+
+
+def test_lists_as_of_speech_commands(tmp_path: Path) -> None:
+    """Named files; all others train; other classes neither. Mutation: swap the two lists' splits."""
+    touch(tmp_path, "two/a.wav", "two/b.wav", "one/a.wav", "one/b.wav", "one/c.wav", "_noise_/hum.wav")
+    (tmp_path / "validation_list.txt").write_text("one/a.wav\n")
+    (tmp_path / "testing_list.txt").write_text("two/b.wav\none/c.wav\n\n")
+    train = ["one/b.wav", "two/a.wav"]
+    assert splits(tmp_path, split="lists", labels="two,one") == {
+        "train": train,
+        "valid": ["one/a.wav"],
+        "test": ["one/c.wav", "two/b.wav"],
+    }
+    assert splits(tmp_path, split="lists")["train"] == ["_noise_/hum.wav", *train]
+
+
+def test_folders(tmp_path: Path) -> None:
+    """By the first folder, whatever is below it. Mutation: `parts[0]` -> `parts[-2]`."""
+    touch(tmp_path, "train/x/a.wav", "train/b.FLAC", "dev/c.ogg", "test/d.mp3")
+    assert splits(tmp_path, split="folders") == {
+        "train": ["train/b.FLAC", "train/x/a.wav"],
+        "valid": ["dev/c.ogg"],
+        "test": ["test/d.mp3"],
+    }
+
+
+def test_what_is_no_audio_is_no_source(tmp_path: Path) -> None:
+    """Other and hidden files, folders called x.wav. Mutation: drop `startswith(".")`."""
+    touch(tmp_path, "a.wav", "b.txt", "._a.wav", "d.wav/inside.wav")
+    assert splits(tmp_path, fractions=(100, 0, 0))["train"] == ["a.wav", "d.wav/inside.wav"]
+
+
+def test_list_file_as_source(tmp_path: Path) -> None:
+    """Paths are relative to the list; its order does not matter. Mutation: `path.parent / line` -> `Path(line)`."""
+    touch(tmp_path / "audio", "2.wav", "10.wav", "unlisted.wav")
+    (tmp_path / "list.txt").write_text("audio/10.wav\naudio/2.wav\n\n")
+    sources = find_sources(SourceConfig(str(tmp_path / "list.txt"), fractions=(100, 0, 0)))
+    assert [source.name for source in sources] == ["audio/2.wav", "audio/10.wav"]
+    assert all(source.path.exists() for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"fractions": (90, 6, 6)}, "fractions=[90, 6, 6]: give three percentages"),
+        ({"fractions": (88, 6, 6)}, "none of 4 files is left for valid"),
+        ({"group_by": "parent", "split": "folders"}, "group_by='parent': goes with split=fractions only"),
+        ({"group_by": "("}, "group_by='(': not a regular expression"),
+        ({"group_by": "voice"}, "group_by='voice': not found in one/a.wav"),
+        ({"labels": "one,,two"}, "labels='one,,two': give different folder names"),
+        ({"labels": "one,tow"}, "no files in a folder called tow"),
+        ({"split": "lists"}, "validation_list.txt: No such file or directory"),
+        ({"split": "lists", "valid_list": "wrong.txt"}, "wrong.txt: names one/zzz.wav, which is not in"),
+        (
+            {"split": "lists", "valid_list": "ok.txt", "test_list": "ok.txt"},
+            "names one/a.wav, which is in valid already",
+        ),
+        ({"split": "folders"}, "one/a.wav is in none of the folders train"),
+        ({"source": "nowhere"}, "nowhere: No such file or directory"),
+        ({"source": "bare"}, "bare: there are no .wav, .flac, .ogg, .mp3 files in it"),
+        ({"source": "twice.txt"}, "twice.txt: names one/a.wav twice"),
+        ({"source": "binary.txt"}, "binary.txt: not a text file"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path: Path, fields: dict, message: str) -> None:
+    """That says what to do. Mutation: drop the check."""
+    touch(tmp_path, "one/a.wav", "one/b.wav", "two/c.wav", "two/d.wav", "bare/readme.txt")
+    (tmp_path / "wrong.txt").write_text("one/zzz.wav\n")
+    (tmp_path / "ok.txt").write_text("one/a.wav\n")
+    (tmp_path / "twice.txt").write_text("one/a.wav\none/a.wav\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
+    source = str(tmp_path / fields.pop("source", "."))
+    with pytest.raises(InputError) as caught:
+        find_sources(SourceConfig(source, **fields))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

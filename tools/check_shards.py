@@ -1,0 +1,44 @@
+"""Check shards: python tools/check_shards.py shards/NAME [--rebuild-index]. Exit code 1 if anything is wrong.
+
+Reads every byte: checksums against the manifest, the index against the tars, and each clip is decoded. Prints shards,
+clips, hours, loudness and share of silence (20 ms below -60 dBFS) for each split, and then the faults.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sashimi.distributed import run_command
+from sashimi.parsing import parse
+from sashimi.reports import census_report
+from sashimi.shards import read_manifest, rebuild
+from sashimi.verifying import verify
+
+FLAGS = ("--rebuild-index",)
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """What to check."""
+
+    folder: str
+    """Folder of shards, such as shards/demo."""
+    rebuild_index: bool = False
+    """First write index, counts and checksums anew from the tars."""
+
+
+def main() -> None:
+    """Rebuild if asked to, verify, print."""
+    argv = [f"{word}=true" if word in FLAGS else word for word in sys.argv[1:]]
+    config = parse(CheckConfig, argv, "check_shards.py", __doc__ or "")
+    folder = Path(config.folder)
+    if config.rebuild_index:
+        rebuild(folder)
+    found = verify(folder)
+    print(census_report(found, read_manifest(folder)["sample_rate"]))
+    if any(census.faults for census in found.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(main)

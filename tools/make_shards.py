@@ -1,0 +1,36 @@
+"""Pack recordings into shards: python tools/make_shards.py SOURCE --out shards/NAME [--dry-run] [--strict] [options].
+
+SOURCE is a folder of wav, flac, ogg or mp3 files, or a list of them. After a kill the same command goes on.
+"""
+
+import sys
+
+from sashimi.distributed import run_command
+from sashimi.errors import InputError
+from sashimi.packing import PackConfig, is_packed, make_plan, pack
+from sashimi.parsing import parse
+from sashimi.reports import manifest_report, plan_report
+
+FLAGS = ("--dry-run", "--strict")
+
+
+def main() -> None:
+    """Plan; then print the plan, or pack it and print what became of it."""
+    argv = [f"{word}=true" if word in FLAGS else word for word in sys.argv[1:]]
+    config = parse(PackConfig, argv, "make_shards.py", __doc__ or "")
+    plan = make_plan(config)
+    if config.dry_run:
+        print(plan_report(plan, config.sample_rate))
+        return
+    packed_before = is_packed(config)
+    try:
+        manifest = pack(config, plan)
+    except KeyboardInterrupt:
+        raise InputError("interrupted: the same command goes on from here") from None
+    print(manifest_report(manifest))
+    if packed_before:
+        print(f"{config.out} was complete already; to pack it anew, delete it")
+
+
+if __name__ == "__main__":
+    run_command(main)
