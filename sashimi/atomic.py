@@ -1,0 +1,138 @@
+"""Files and folders that are whole or absent, whatever kills the process or fills the disk.
+
+A folder is written under another name, every file flushed to the disk and `manifest.json` (sizes and SHA-256 of the
+others) last, and only then gets its name. `faults` tells a whole folder from any other.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sashimi.errors import InputError
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".tmp-"  # prefix of what is being written or deleted; nobody reads it
+
+
+def to_json(value: Any) -> bytes:
+    """`value` as readable JSON. NaN and infinity are not JSON, so they are a ValueError."""
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; InputError if it is missing, malformed or not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error}); restore the file or use another folder") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace one file: readers see the old content or the new, also after a crash. OSError leaves the old one."""
+    unfinished = path.with_name(UNFINISHED + path.name)
+    try:
+        _write_flushed(unfinished, content)
+        os.replace(unfinished, path)
+        _flush_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace one JSON file, as `write_file` does."""
+    write_file(path, to_json(value))
+
+
+def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    """Make or replace `folder` with these files and their manifest. An OSError leaves what was there before.
+
+    One process at a time may write one folder; what a killed one left of it is cleared away.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(UNFINISHED + folder.name)
+    for stale in (unfinished, _removed(folder)):
+        if stale.exists():
+            shutil.rmtree(stale)
+    try:
+        unfinished.mkdir()
+        entries = {}
+        for name, content in files:
+            _write_flushed(unfinished / name, content)
+            entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        _write_flushed(unfinished / MANIFEST, to_json({"files": entries}))
+        _flush_folder(unfinished)
+        replaced = folder.rename(_removed(folder)) if folder.exists() else None
+        os.rename(unfinished, folder)
+        _flush_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    if replaced is not None:
+        shutil.rmtree(replaced)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; a kill half-way does not leave a damaged one of that name."""
+    shutil.rmtree(folder.rename(_removed(folder)))
+
+
+def clear_unfinished(parent: Path, name: str) -> None:
+    """Delete what killed writes and removals of folders left in `parent`; `name` is a glob for the folders' names."""
+    for stale in parent.glob(UNFINISHED + name):
+        shutil.rmtree(stale)
+
+
+def faults(folder: Path) -> list[str]:
+    """What keeps `folder` from being what `write_folder` wrote: one line a fault, each naming its file; [] if whole."""
+    if not folder.is_dir():
+        return [f"{folder}: no such folder"]
+    try:
+        entries = read_json(folder / MANIFEST)["files"].items()
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
+    except InputError as error:
+        return [str(error)]
+    except (KeyError, TypeError, AttributeError):
+        return [f"{folder / MANIFEST}: not a manifest"]
+    found = []
+    for name, (size, digest) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"{path}: missing")
+        elif path.stat().st_size != size:
+            found.append(f"{path}: {path.stat().st_size} bytes instead of {size}")
+        elif _sha256(path) != digest:
+            found.append(f"{path}: SHA-256 differs from the manifest")
+    return found
+
+
+def _removed(folder: Path) -> Path:
+    return folder.with_name(f"{UNFINISHED}{folder.name}-removed")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_flushed(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the names in `folder` durable; a rename alone may be forgotten by a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

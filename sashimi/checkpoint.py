@@ -1,0 +1,293 @@
+"""Checkpoints, whole or absent, and the model folders that sampling, evaluation and fine-tuning read.
+
+    runs/NAME/best.json                         {"step": ..., "valid/bits": ...}
+    runs/NAME/checkpoints/step-00001000/        model.safetensors, ema.safetensors (if averaged), optimizer.safetensors,
+                                                config.json (the run's), state.json, manifest.json
+
+A *model folder* has model.safetensors (or ema.safetensors, which goes first) and a config.json with "model" and
+"audio"; every checkpoint is one. Nothing here is ever unpickled, so folders from strangers are safe to load. One
+process writes; any number may read.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from sashimi import atomic, legacy, parsing
+from sashimi.errors import InputError
+from sashimi.model import ModelConfig, Sashimi
+
+# What a resumed run must share with its checkpoint, and the exceptions: settings of speed and of the damage policy.
+FIXED_ON_RESUME = ("model", "audio", "data", "seed")
+FREE_ON_RESUME = frozenset({"model.kernel", "data.workers", "data.prefetch", "data.on_damage"})
+
+
+class Checkpoint(NamedTuple):
+    """All that a run needs to go on. Tensors are on the CPU, keyed by parameter name."""
+
+    step: int  # finished optimizer steps
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]  # see optim.optimizer_tensors
+    ema: dict[str, Tensor] | None
+    state: dict[str, Any]  # the trainer's: position, plateau, loss scale, ...
+    config: dict[str, Any]  # the run's, with "model" and "audio"
+
+
+# ---- writing
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    ema: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write `folder`/step-XXXXXXXX and return it. OSError (a full disk, say) leaves `folder` as it was.
+
+    `folder` is runs/NAME/checkpoints; `state` and `config` must be JSON. A checkpoint of that step is replaced.
+    """
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        yield "model.safetensors", _to_safetensors(model)
+        if ema is not None:
+            yield "ema.safetensors", _to_safetensors(ema)
+        yield "optimizer.safetensors", _to_safetensors(optimizer)
+        yield "config.json", atomic.to_json(config)
+        yield "state.json", atomic.to_json({**state, "step": step})
+
+    target = folder / f"step-{step:08d}"
+    atomic.write_folder(target, files())
+    return target
+
+
+def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Delete all checkpoints but the `keep_last` newest and the one of `best_step`, and what killed saves left."""
+    assert keep_last >= 1
+    for step, path in _steps(folder)[keep_last:]:
+        if step != best_step:
+            atomic.remove_folder(path)
+    atomic.clear_unfinished(folder, "step-*")
+
+
+def rewind(folder: Path, step: int, log: Callable[[str], None]) -> None:
+    """Before a run goes on from `step`: rename its later checkpoints to step-XXXXXXXX.abandoned, and log that.
+
+    Otherwise `--resume auto` and `prune` would take the abandoned branch, or a damaged folder, for the newest state.
+    """
+    for later, path in _steps(folder):
+        if later > step:
+            abandoned = path.with_name(f"{path.name}.abandoned")
+            if abandoned.exists():
+                atomic.remove_folder(abandoned)
+            path.rename(abandoned)
+            log(f"going on from step {step}: {path} is now {abandoned.name}")
+    best = folder.parent / "best.json"
+    if (best_step(folder.parent) or 0) > step:
+        best.unlink()
+
+
+def write_best(run: Path, step: int, bits: float) -> None:
+    """Name `step` the best checkpoint of the run folder: `bits` (per sample, validation) is its lowest so far."""
+    atomic.write_json(run / "best.json", {"step": step, "valid/bits": bits})
+
+
+def best_step(run: Path) -> int | None:
+    """The step that `write_best` named last, if any."""
+    best = run / "best.json"
+    return int(atomic.read_json(best).get("step", 0)) if best.exists() else None
+
+
+# ---- reading
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read one checkpoint, checksums verified. InputError naming the file and the fault if it is damaged."""
+    _require_whole(folder)
+    state = atomic.read_json(folder / "state.json")
+    ema = folder / "ema.safetensors"
+    return Checkpoint(
+        step=state.pop("step"),
+        model=_read_safetensors(folder / "model.safetensors"),
+        optimizer=_read_safetensors(folder / "optimizer.safetensors"),
+        ema=_read_safetensors(ema) if ema.exists() else None,
+        state=state,
+        config=atomic.read_json(folder / "config.json"),
+    )
+
+
+def find_resume(folder: Path, resume: str, log: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from, or None for a run that starts. `folder` is runs/NAME/checkpoints.
+
+    "auto": the newest whole checkpoint; what it passes over is logged. None only if there is no checkpoint at all.
+    "never": always None. Any other value is the path of a checkpoint. InputError if that one is damaged, if
+    checkpoints exist and none is whole, and if "never" would write over existing ones: nothing starts from scratch
+    beside a run's checkpoints.
+    """
+    existing = _steps(folder)
+    if resume == "never":
+        if existing:
+            raise InputError(
+                f"{folder}: has checkpoints up to step {existing[0][0]}; "
+                "go on with --resume auto, or start afresh under another --name"
+            )
+        return None
+    if resume != "auto":
+        _require_whole(Path(resume), "choose a runs/NAME/checkpoints/step-XXXXXXXX, or --resume auto for the newest")
+        return Path(resume)
+    for _, path in existing:
+        found = atomic.faults(path)
+        if not found:
+            return path
+        log(f"passed over a damaged checkpoint: {'; '.join(found)}")
+    if existing:
+        raise InputError(
+            f"{folder}: none of its {len(existing)} checkpoints is whole; restore one from a copy, "
+            "or start afresh under another --name"
+        )
+    log(f"{folder}: no checkpoint yet, starting from step 0")
+    return None
+
+
+def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """InputError if a run may not resume: model, audio, data or seed differ. Both are run configs as JSON objects.
+
+    What only changes speed may differ: the kernel algorithm, the loader's workers and prefetch, the damage policy.
+    """
+    for section in FIXED_ON_RESUME:
+        old, new = _flatten(section, saved.get(section)), _flatten(section, current.get(section))
+        for field in sorted(old.keys() | new.keys()):
+            if field not in FREE_ON_RESUME and old.get(field) != new.get(field):
+                raise InputError(
+                    f"{field}={new.get(field)}: the checkpoint to resume from has {old.get(field)}; put that back, "
+                    "or start another run from its weights with --init-from and a new --name"
+                )
+
+
+# ---- model folders
+
+
+def save_model(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    model_config: Mapping[str, Any],
+    audio_config: Mapping[str, Any],
+    source: Mapping[str, Any] | None = None,
+    format: str = "sashimi",
+) -> None:
+    """Write a model folder. `source` says where the weights come from; `format` names the class that runs them.
+
+    InputError if `folder` exists and is anything but an empty folder or a model folder, which is replaced.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not a model folder; give another one")
+    config = {"format": format, "model": dict(model_config), "audio": dict(audio_config), "source": source}
+    atomic.write_folder(
+        folder, [("model.safetensors", _to_safetensors(tensors)), ("config.json", atomic.to_json(config))]
+    )
+
+
+def find_model_folder(path: Path) -> Path:
+    """The model folder meant by `path`: itself, or for a run folder its best checkpoint, else the newest whole one."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give a model folder, a checkpoint or a run folder")
+    if (path / "config.json").exists():
+        return path
+    checkpoints = _steps(path / "checkpoints")
+    best = best_step(path)
+    for step, folder in checkpoints:
+        if step == best:
+            return folder
+    for _, folder in checkpoints:
+        if not atomic.faults(folder):
+            return folder
+    if checkpoints:
+        raise InputError(f"{path}: none of its {len(checkpoints)} checkpoints is whole; restore one from a copy")
+    raise InputError(f"{path}: no config.json and no checkpoints; give a model folder, a checkpoint or a run folder")
+
+
+def load_model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights (averaged ones, if there) and config ("model", "audio", ...) of what `find_model_folder` finds."""
+    folder = find_model_folder(path)
+    if (folder / atomic.MANIFEST).exists():
+        _require_whole(folder)
+    config = atomic.read_json(folder / "config.json")
+    for key in ("model", "audio"):
+        if not isinstance(config.get(key), dict):
+            raise InputError(f'{folder / "config.json"}: "{key}" is missing or not an object')
+    ema = folder / "ema.safetensors"
+    return _read_safetensors(ema if ema.exists() else folder / "model.safetensors"), config
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Copy `tensors` into `model`. InputError naming `source` and the first few differences if they do not fit."""
+    own = model.state_dict()
+    differences = [f"{name} is missing" for name in own if name not in tensors]
+    differences += [f"{name} is unknown" for name in tensors if name not in own]
+    differences += [
+        f"{name} is {list(tensors[name].shape)} instead of {list(value.shape)}"
+        for name, value in own.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise InputError(f"{source}: its weights do not fit the model: {', '.join(differences[:3])}{more}")
+    model.load_state_dict(tensors)
+
+
+def build_model(config: Mapping[str, Any], source: str) -> nn.Module:
+    """An untrained model from a model folder's config; `source` goes into the errors."""
+    model_config = parsing.build(ModelConfig, config["model"], f"{source}, model")
+    format = config.get("format", "sashimi")
+    return Sashimi(model_config) if format == "sashimi" else legacy.build(format, model_config)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of a model folder, checkpoint or run folder, with its (averaged) weights, in eval mode."""
+    tensors, config = load_model_folder(Path(path))
+    model = build_model(config, str(path))
+    load_weights(model, tensors, str(path))
+    return model.to(device).eval()
+
+
+# ---- helpers
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every checkpoint by name, whole or not, the newest first."""
+    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
+
+
+def _require_whole(folder: Path, remedy: str = "use another one") -> None:
+    if found := atomic.faults(folder):
+        raise InputError(f"not a whole checkpoint: {'; '.join(found)}; {remedy}")
+
+
+def _to_safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _flatten(key: str, value: Any) -> dict[str, Any]:
+    """{"model": {"pool": (4, 4)}} -> {"model.pool": [4, 4]}; sequences become lists, as they come back from JSON."""
+    if isinstance(value, Mapping):
+        return {k: v for name, item in value.items() for k, v in _flatten(f"{key}.{name}", item).items()}
+    return {key: list(value) if isinstance(value, tuple) else value}

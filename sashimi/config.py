@@ -1,0 +1,98 @@
+"""RunConfig: everything that defines a run, composed of the configs that live beside the code that reads them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sashimi import atomic, parsing
+from sashimi.audio import AudioConfig
+from sashimi.errors import InputError
+from sashimi.model import ModelConfig
+from sashimi.optim import OptimConfig
+from sashimi.stream import DataConfig
+from sashimi.tracking import TrackConfig
+from sashimi.trainer import TrainConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run. Its data and audio, its model, how it is optimized, and what it writes."""
+
+    name: str = "run"
+    """Name of the run; its folder is RUNS/NAME."""
+    seed: int = 0
+    """Seed of the initial weights, the data order, dropout and generated clips."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    resume: str = "auto"
+    """auto: go on from the run's newest whole checkpoint, or start if it has none. never: refuse to if there is one.
+    Otherwise a checkpoint's path (RUNS/NAME/checkpoints/step-XXXXXXXX) to go on from."""
+    init_from: str | None = None
+    """Model folder, checkpoint or run whose weights a new run starts from (fine-tuning); a resumed run ignores it."""
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    """Sound as the model sees it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Recordings and segments."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Architecture."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer, schedule, weight averaging."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Steps, batches, validation, checkpoints."""
+    track: TrackConfig = field(default_factory=TrackConfig)
+    """Logs."""
+
+    def __post_init__(self) -> None:
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
+            raise InputError(f"name={self.name!r}: must be a plain folder name, such as sc09")
+        if self.seed < 0:
+            raise InputError(f"seed={self.seed}: must be 0 or more")
+        if self.model.levels != 1 << self.audio.bits:
+            raise InputError(
+                f"model.levels={self.model.levels}: audio.bits={self.audio.bits} needs {1 << self.audio.bits}"
+            )
+        pool, segment = self.model.total_pool, self.data.segment
+        if segment % pool:
+            raise InputError(
+                f"data.segment={segment}: must be a multiple of {pool}, the product of "
+                f"model.pool={list(self.model.pool)}; the next one is {-(-segment // pool) * pool}"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs) / self.name
+
+
+def parse_run_config(argv: Sequence[str]) -> RunConfig:
+    """The config of a command line of launch/train.py; see `parsing.parse`."""
+    return parsing.parse(RunConfig, argv, "train.py", "Train a SaShiMi model. Later options win over earlier ones.")
+
+
+def save_config(config: RunConfig, file: Path) -> None:
+    """Write every field as YAML: `--config` with this file alone is the same run."""
+    atomic.write_file(file, yaml.safe_dump(parsing.to_dict(config), sort_keys=False).encode())
+
+
+def load_config(file: Path) -> RunConfig:
+    """Read what `save_config` wrote, or any recipe."""
+    return parsing.load(RunConfig, file)
+
+
+def adopt_model(config: RunConfig, folder_config: Mapping[str, Any], where: str) -> RunConfig:
+    """`config` with the model and quantizer of a model folder's config.json, for a run that starts from its weights.
+
+    The sample rate stays the shards' own, and dropout this run's choice. InputError if that model only runs.
+    """
+    if folder_config.get("format", "sashimi") != "sashimi":
+        raise InputError(f"{where}: a model of format {folder_config['format']} can be sampled, not trained")
+    model = parsing.build(ModelConfig, folder_config["model"], where)
+    audio = parsing.build(AudioConfig, folder_config["audio"], where)
+    return replace(
+        config,
+        model=replace(model, dropout=config.model.dropout),
+        audio=replace(audio, sample_rate=config.audio.sample_rate),
+    )
