@@ -22,7 +22,7 @@ class ScalarNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., H) -> (..., H); statistics in float32 at least."""
         with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(self.s.dtype)
+            wide = x.to(torch.promote_types(self.s.dtype, torch.float32))
             std, mean = torch.std_mean(wide, dim=-1, correction=0, keepdim=True)
             return ((self.s / std) * (wide - mean + self.m)).to(x.dtype)
 
@@ -56,19 +56,20 @@ class S4Block(nn.Module):
         self.glu = glu
         self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
 
-    def _mix(self, y: Tensor) -> Tensor:
+    def mix(self, y: Tensor) -> Tensor:
+        """What follows the state space, sample by sample. y: (..., H) -> (..., H)."""
         y = self.output(F.gelu(y))
         return F.glu(y, dim=-1) if self.glu else y
 
     def forward(self, u: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
         """u: (B, L, H) -> (B, L, H)."""
         y, state = self.s4(u, state)
-        return self._mix(y), state
+        return self.mix(y), state
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """u: (B, H) -> (B, H)."""
         y, state = self.s4.step(u, state)
-        return self._mix(y), state
+        return self.mix(y), state
 
     def init_state(self, batch_size: int) -> S4State:
         """The state space's own."""
@@ -124,7 +125,7 @@ class UpPool(nn.Module):
 
     def __init__(self, d_model: int, expand: int, pool: int, normalize_weight: bool) -> None:
         super().__init__()
-        self.pool = pool
+        self.d_model, self.pool = d_model, pool
         linear = nn.Linear(d_model * expand, d_model * pool)
         self.linear = weight_norm(linear) if normalize_weight else linear
 
@@ -132,10 +133,14 @@ class UpPool(nn.Module):
         """x: (B, L/p, H·expand), first: the block (B, H, p) before, or None at a start -> (B, L, H), next block."""
         blocks = self.step(x)  # (B, L/p, H, p)
         # Block j may only see blocks < j, or a sample would see its own future.
-        head = torch.zeros_like(blocks[:, :1]) if first is None else first.unsqueeze(1)
-        shifted = torch.cat((head.to(blocks.dtype), blocks[:, :-1]), dim=1)
+        head = self.first(len(x)) if first is None else first
+        shifted = torch.cat((head.unsqueeze(1).to(blocks.dtype), blocks[:, :-1]), dim=1)
         return shifted.mT.flatten(1, 2), blocks[:, -1]
 
     def step(self, x: Tensor) -> Tensor:
         """x: (..., H·expand) -> the block that follows, (..., H, p)."""
         return self.linear(x).unflatten(-1, (-1, self.pool))
+
+    def first(self, batch_size: int) -> Tensor:
+        """The block at a recording's start, before any pooled step: zeros, (B, H, p)."""
+        return next(self.parameters()).new_zeros(batch_size, self.d_model, self.pool)

@@ -7,7 +7,7 @@ The model never shifts: `inputs[:, t]` is sample t − 1, and its logits predict
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +74,10 @@ class ModelConfig:
             raise InputError(f"model.dt_min={self.dt_min}, dt_max={self.dt_max}: need 0 < dt_min <= dt_max")
         if not 0 <= self.dropout < 1:
             raise InputError(f"model.dropout={self.dropout}: must be in [0, 1)")
+        for field in ("norm", "mode", "dt_transform", "kernel"):
+            choices = get_args(get_type_hints(ModelConfig)[field])
+            if getattr(self, field) not in choices:
+                raise InputError(f"model.{field}={getattr(self, field)}: choose one of {', '.join(choices)}")
         if (self.mode == "diag") != (self.kernel == "vandermonde"):
             remedy = "vandermonde" if self.mode == "diag" else "krylov, cauchy or cauchy_keops"
             raise InputError(f"model.kernel={self.kernel} does not fit model.mode={self.mode}: use {remedy}")
@@ -107,15 +111,27 @@ class SashimiState(NamedTuple):
     phase: int
 
 
+class Parts(NamedTuple):
+    """The classes of the layers; models of other code's making bring their own."""
+
+    s4: type[S4] = S4
+    s4_block: type[S4Block] = S4Block
+    feed_forward: type[FeedForward] = FeedForward
+    up_pool: type[UpPool] = UpPool
+
+
+OWN_PARTS = Parts()
+
+
 class Pooled(nn.Module):
     """The tier inside, at 1/p of the rate: down, tier, up. Its output at a block depends on earlier blocks alone."""
 
-    def __init__(self, config: ModelConfig, depth: int) -> None:
+    def __init__(self, config: ModelConfig, depth: int, parts: Parts) -> None:
         super().__init__()
         self.d_model, self.pool = config.d_model * config.expand**depth, config.pool[depth]
         self.down = DownPool(self.d_model, config.expand, self.pool, config.weight_norm)
-        self.tier = Tier(config, depth + 1)
-        self.up = UpPool(self.d_model, config.expand, self.pool, config.weight_norm)
+        self.tier = Tier(config, depth + 1, parts)
+        self.up = parts.up_pool(self.d_model, config.expand, self.pool, config.weight_norm)
 
     def forward(self, x: Tensor, state: PooledState | None = None) -> tuple[Tensor, PooledState | None]:
         """x: (B, L, H) -> (B, L, H); p divides L, and a state is at the start of a block."""
@@ -141,20 +157,21 @@ class Pooled(nn.Module):
     def init_state(self, batch_size: int) -> PooledState:
         """The state at a recording's start."""
         block = next(self.parameters()).new_zeros(batch_size, self.d_model, self.pool)
-        return PooledState(block, self.tier.init_state(batch_size), block)
+        return PooledState(block, self.tier.init_state(batch_size), self.up.first(batch_size))
 
 
 class Tier(nn.Module):
     """One sampling rate: (unet: layers on the way down,) what the slower tiers say, then this tier's layers."""
 
-    def __init__(self, config: ModelConfig, depth: int = 0) -> None:
+    def __init__(self, config: ModelConfig, depth: int, parts: Parts) -> None:
         super().__init__()
         d_model = config.d_model * config.expand**depth
         innermost = depth == len(config.pool)
         self.unet = config.unet and not innermost
-        self.down = _layers(config, d_model) if self.unet else Layers()
-        self.pooled = None if innermost else Pooled(config, depth)
-        self.layers = _layers(config, d_model)
+        self.outer_skip = not self.unet  # around all the layers
+        self.down = _layers(config, d_model, parts) if self.unet else Layers()
+        self.pooled = None if innermost else Pooled(config, depth, parts)
+        self.layers = _layers(config, d_model, parts)
 
     def forward(self, x: Tensor, state: TierState | None = None) -> tuple[Tensor, TierState | None]:
         """x: (B, L, H) -> (B, L, H), from and to a state at phase 0 if one is given; the pools must divide L."""
@@ -172,7 +189,7 @@ class Tier(nn.Module):
             layers.append(layer_state)
             if self.unet:
                 x = x + skips.pop()
-        if not self.unet:
+        if self.outer_skip:
             x = x + entry
         return x, state and TierState(tuple(down), pooled, tuple(layers))
 
@@ -192,7 +209,7 @@ class Tier(nn.Module):
             layers.append(layer_state)
             if self.unet:
                 x = x + skips.pop()
-        if not self.unet:
+        if self.outer_skip:
             x = x + entry
         return x, TierState(tuple(down), pooled, tuple(layers))
 
@@ -212,14 +229,14 @@ class Layers(nn.ModuleList):
         return super().__iter__()  # type: ignore[return-value]
 
 
-def _layers(config: ModelConfig, d_model: int) -> Layers:
+def _layers(config: ModelConfig, d_model: int, parts: Parts) -> Layers:
     def residual(layer: S4Block | FeedForward) -> Residual:
         norm = nn.LayerNorm(d_model) if config.norm == "layer" else ScalarNorm()
         return Residual(norm, layer, config.dropout)
 
     layers = Layers()
     for _ in range(config.n_layers):
-        s4 = S4(
+        s4 = parts.s4(
             d_model,
             d_state=config.d_state,
             tie_state=config.tie_state,
@@ -229,20 +246,20 @@ def _layers(config: ModelConfig, d_model: int) -> Layers:
             dt_max=config.dt_max,
             kernel=config.kernel,
         )
-        layers.append(residual(S4Block(s4, d_model, config.glu)))
-        layers.append(residual(FeedForward(d_model, config.ff)))
+        layers.append(residual(parts.s4_block(s4, d_model, config.glu)))
+        layers.append(residual(parts.feed_forward(d_model, config.ff)))
     return layers
 
 
 class Sashimi(nn.Module):
     """An autoregressive model of samples: logits of sample t from samples < t."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parts: Parts = OWN_PARTS) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.levels, config.d_model)
-        self.tier = Tier(config)
-        self.norm = nn.LayerNorm(config.d_model)
+        self.tier = Tier(config, 0, parts)
+        self.norm: nn.Module = nn.LayerNorm(config.d_model)
         self.head = nn.Linear(config.d_model, config.levels)
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -79,11 +79,15 @@ class S4(nn.Module):
             dt=ssm.time_step(self.log_dt, self.dt_transform),
         )
 
+    def recurrence(self) -> ssm.Recurrence:
+        """The discrete system in real numbers."""
+        return ssm.discretize(self.system())
+
     def kernel(self, length: int) -> Tensor:
         """K: (H, length), by the algorithm this layer was given."""
         if self.kernel_name.startswith("cauchy"):
             return ssm.cauchy_kernel(self.system(), length, keops=self.kernel_name == "cauchy_keops")
-        recurrence = ssm.discretize(self.system())
+        recurrence = self.recurrence()
         if self.kernel_name == "vandermonde":
             return ssm.vandermonde_kernel(recurrence, length)
         return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)
@@ -111,6 +115,6 @@ class S4(nn.Module):
 
     def init_state(self, batch_size: int) -> S4State:
         """The state of silence before a recording: zeros, on the parameters' device."""
-        recurrence = ssm.discretize(self.system())
+        recurrence = self.recurrence()
         H, N = recurrence.C.shape
         return S4State(recurrence.C.new_zeros(batch_size, H, N), recurrence)

@@ -71,9 +71,9 @@ def hippo_legs(d_state: int) -> tuple[Tensor, Tensor, Tensor]:
     normal = A + P[:, None] * P[None, :]
     skew = normal + 0.5 * torch.eye(d_state, dtype=torch.float64)
     frequency, V = torch.linalg.eigh(-1j * skew.to(torch.complex128))
-    keep = frequency > 0
-    basis = V[:, keep].mH
-    Lambda = torch.complex(torch.full_like(frequency[keep], -0.5), frequency[keep])
+    frequency = frequency[d_state // 2 :]  # ascending and symmetric about zero: the upper half is positive
+    basis = V[:, d_state // 2 :].mH
+    Lambda = torch.complex(torch.full_like(frequency, -0.5), frequency)
     return Lambda, basis @ P.to(basis.dtype), basis @ scale.to(basis.dtype)
 
 
