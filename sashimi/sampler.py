@@ -1,0 +1,257 @@
+"""New audio from a model: ids from logits and uniforms, clips from ids.
+
+Every sample of every clip is drawn from a uniform that is a function of (seed, clip, sample), and clip i is always
+computed in row i mod B of batch i // B, beside the same neighbours. So for one engine, device and batch size B a clip
+has the same bits whoever computes it, in whatever order, in one go or after an interruption.
+
+Shapes: **B** batch, **L** samples, **V** levels.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from sashimi.errors import InputError
+from sashimi.model import Sashimi, SashimiState
+
+_BLOCK = 512  # samples an engine is asked for at a time
+_UNIT = 1 << 52  # probability 1 as an integer
+
+Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""logits (B, V), uniforms (B,) -> ids (B,), nats (B,)."""
+
+Engine = Callable[[Tensor, SashimiState, Tensor], tuple[Tensor, Tensor, SashimiState]]
+"""ids (B,) of the sample before, state, uniforms (B, L) -> ids (B, L), nats (B, L), state. A pure function."""
+
+
+class MakeEngine(Protocol):
+    """Prepares (compiles, captures) an engine for a model and a way of choosing. Its name goes into settings files."""
+
+    __name__: str
+
+    def __call__(self, model: Sashimi, choose: Choose, /) -> Engine: ...
+
+
+# --- one sample ------------------------------------------------------------------------------------------------
+
+
+def uniforms(seed: int, clip: int, n_samples: int, start: int = 0) -> np.ndarray:
+    """The uniforms in [0, 1) of a clip's samples start, start + 1, …: (n_samples,) float64.
+
+    Counter-based (Philox, keyed by seed and clip): any part costs the same to make.
+    """
+    counter, skip = divmod(start, 4)  # a counter value yields four numbers
+    philox = np.random.Philox(key=np.array([seed, clip], dtype=np.uint64), counter=counter)
+    return (philox.random_raw(skip + n_samples)[skip:] >> np.uint64(11)) * 2.0**-53
+
+
+def draw(
+    logits: Tensor, uniforms: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Draw one id a row by inverse CDF: logits (B, V), uniforms (B,) float64 -> ids (B,) int64, nats (B,) float64.
+
+    Logits are divided by `temperature`; then only the `top_k` likeliest ids remain (the lower of equally likely ones),
+    and of these the fewest that hold the share `top_p` of their probability. Nats are −log p of the id under the model
+    itself, without any of the three.
+    """
+    log_probs = logits.double().log_softmax(-1)
+    probs = log_probs.exp() if temperature == 1 else (log_probs / temperature).softmax(-1)
+    if top_k is not None or top_p < 1:
+        probs = _truncate(probs, top_k, top_p)
+    # Integers add up alike in any order; a GPU's parallel sum of floats may not, nor need it be monotone.
+    cdf = (probs * _UNIT).long().cumsum(-1)
+    place = (uniforms * cdf[:, -1]).long()
+    ids = torch.searchsorted(cdf, place.unsqueeze(-1), right=True).clamp(max=logits.shape[-1] - 1)
+    return ids.squeeze(-1), -log_probs.gather(-1, ids).squeeze(-1)
+
+
+def _truncate(probs: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Zero all but the `top_k` likeliest, and of these all but the fewest with the share `top_p`. (B, V) -> (B, V)."""
+    likeliest, order = probs.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        likeliest[:, top_k:] = 0
+    if top_p < 1:
+        before = likeliest.cumsum(-1) - likeliest
+        likeliest = likeliest.where(before < top_p * likeliest.sum(-1, keepdim=True), 0)
+    return torch.zeros_like(probs).scatter(-1, order, likeliest)
+
+
+def plain_engine(model: Sashimi, choose: Choose) -> Engine:
+    """One `model.step` a sample, in eager mode: the reference of every other engine."""
+
+    def run(inputs: Tensor, state: SashimiState, uniforms: Tensor) -> tuple[Tensor, Tensor, SashimiState]:
+        ids, nats = [], []
+        for u in uniforms.unbind(-1):
+            logits, state = model.step(inputs, state)
+            inputs, cost = choose(logits, u)
+            ids.append(inputs)
+            nats.append(cost)
+        return torch.stack(ids, dim=-1), torch.stack(nats, dim=-1), state
+
+    return run
+
+
+# --- clips -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How samples are drawn; with model, prompt, engine and device it decides every bit of every clip."""
+
+    seed: int = 0
+    """Seed of the draws; clip i of another seed is another clip."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 likelier and duller, above 1 noisier."""
+    top_k: int | None = None
+    """Draw from this many likeliest levels only; by default from all."""
+    top_p: float = 1.0
+    """Draw from the fewest levels that hold this share of the probability."""
+    batch_size: int = 16
+    """Clips computed together; ranks divide whole batches between them."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 64:
+            raise InputError(f"seed={self.seed}: must be from 0 to 2^64 - 1")
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(
+                f"temperature={self.temperature}: must be above 0; top_k=1 always takes the likeliest level"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k={self.top_k}: must be at least 1; leave it out to draw from all levels")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1, which draws from all levels")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size={self.batch_size}: must be at least 1")
+
+    def choose(self, levels: int) -> Choose:
+        """`draw` with these settings, for a model of so many levels."""
+        if self.top_k is not None and self.top_k > levels:
+            raise InputError(f"top_k={self.top_k}: the model has {levels} levels; give at most that, or leave it out")
+        return partial(draw, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def generate(
+    model: Sashimi,
+    n_samples: int,
+    clips: Iterable[int] = (0,),
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    prompt: Tensor | None = None,
+    batch_size: int | None = None,
+    engine: MakeEngine = plain_engine,
+    on_progress: Callable[[int], None] = lambda samples: None,
+) -> Tensor:
+    """New samples of the clips of these numbers: ids (number of clips, n_samples) int64, on the CPU.
+
+        model = sashimi.load_model("runs/demo")
+        ids = sashimi.generate(model, n_samples=64000, clips=range(4), seed=0)
+        quantizer = sashimi.Quantizer(sashimi.AudioConfig())  # as "audio" in the model folder's config.json says
+        sashimi.write_wav("clip.wav", quantizer.decode(ids[0]), sample_rate=16000)
+
+    Args:
+        seed, temperature, top_k, top_p: see `Drawing`.
+        prompt: ids (P,) that every clip goes on from; they are not part of the result.
+        batch_size: clips computed together, by default as many as are asked for. Batches begin at multiples of it and
+            are always whole, or a clip's bits would depend on what else is asked for.
+        on_progress: told the number of samples that each clip of the batch in work has just grown by.
+
+    Raises InputError for values out of range, and if the model's output is not finite.
+    """
+    numbers = list(clips)
+    if not numbers or min(numbers) < 0:
+        raise InputError(f"clips={numbers}: give at least one clip number, each 0 or more")
+    if n_samples < 1:
+        raise InputError(f"n_samples={n_samples}: must be at least 1")
+    drawing = Drawing(seed, temperature, top_k, top_p, len(numbers) if batch_size is None else batch_size)
+    generator = Generator(model, drawing, prompt, engine)
+    rows = {}
+    for batch, wanted in batches_of(numbers, drawing.batch_size):
+        ids, _ = generator.batch(batch, n_samples, on_progress)
+        rows.update({clip: ids[clip % drawing.batch_size] for clip in wanted})
+    return torch.stack([rows[clip] for clip in numbers])
+
+
+def batches_of(clips: Iterable[int], batch_size: int) -> list[tuple[int, list[int]]]:
+    """The batches that these clips are in, in order, each with those of the clips that it holds."""
+    batches: dict[int, list[int]] = {}
+    for clip in sorted(set(clips)):
+        batches.setdefault(clip // batch_size, []).append(clip)
+    return list(batches.items())
+
+
+class Generator:
+    """Computes batches of clips that share a model, a drawing and a prompt."""
+
+    def __init__(
+        self, model: Sashimi, drawing: Drawing, prompt: Tensor | None = None, engine: MakeEngine = plain_engine
+    ) -> None:
+        """prompt: ids (P,) that every clip goes on from, taken in here, once; none or P = 0 starts from silence."""
+        levels, size = model.config.levels, drawing.batch_size
+        heard = torch.tensor([levels // 2])  # silence is what precedes a recording
+        if prompt is not None and len(prompt):
+            if prompt.dim() != 1 or prompt.is_floating_point() or prompt.min() < 0 or prompt.max() >= levels:
+                raise InputError(f"prompt: must be ids (P,) from 0 to {levels - 1}; a Quantizer makes them from audio")
+            heard = torch.cat((heard, prompt.cpu()))
+        self.model, self.drawing = model, drawing
+        self.engine = engine(model, drawing.choose(levels))
+        self.device = next(model.parameters()).device
+        with _inference(model):
+            rows = heard.to(self.device).expand(size, -1)
+            state = model.init_state(size)
+            if len(heard) > 1:
+                _, state = model.prefill(rows[:, :-1], state)
+        self.start = rows[:, -1], state
+
+    def batch(
+        self, batch: int, n_samples: int, on_progress: Callable[[int], None] = lambda samples: None
+    ) -> tuple[Tensor, Tensor]:
+        """Clips batch·B … batch·B + B − 1: ids (B, n_samples) int64 and nats (B, n_samples) float64, on the CPU.
+
+        `on_progress` is told the number of samples that every row has just grown by.
+        """
+        size, seed = self.drawing.batch_size, self.drawing.seed
+        first = batch * size
+        ids = torch.empty(size, n_samples, dtype=torch.int64)
+        nats = torch.empty(size, n_samples, dtype=torch.float64)
+        inputs, state = self.start
+        with _inference(self.model):
+            for start in range(0, n_samples, _BLOCK):
+                block = slice(start, min(start + _BLOCK, n_samples))
+                u = np.stack([uniforms(seed, first + i, block.stop - start, start) for i in range(size)])
+                new, cost, state = self.engine(inputs, state, torch.from_numpy(u).to(self.device))
+                inputs, ids[:, block], nats[:, block] = new[:, -1], new, cost
+                if not nats[:, block].isfinite().all():
+                    raise InputError(
+                        f"clips {first} to {first + size - 1}: the model's output is not finite before sample "
+                        f"{block.stop}, so its weights are damaged or have diverged; sample an earlier checkpoint"
+                    )
+                on_progress(block.stop - start)
+        return ids, nats
+
+
+@contextmanager
+def _inference(model: Sashimi) -> Iterator[None]:
+    """Within: evaluation mode, no autograd, weight norm computed once, and one CPU thread.
+
+    The matrices of one sample are too small for threads to share, which only slows them down, and another number of
+    threads may round differently. More processes put more cores to use.
+    """
+    training, threads = model.training, torch.get_num_threads()
+    model.eval()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode(), parametrize.cached():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        model.train(training)

@@ -1,0 +1,269 @@
+"""Ids from uniforms: draws follow the model's distribution, and a clip's bits depend on nothing but its number."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sashimi.errors import InputError
+from sashimi.model import ModelConfig, Sashimi
+from sashimi.sampler import Drawing, Generator, draw, generate, plain_engine, uniforms
+
+LEVELS = 32
+
+
+def tiny(seed: int = 0, **more: object) -> Sashimi:
+    """A model whose predictions depend on what it heard: the head is made louder than at initialization."""
+    torch.manual_seed(seed)
+    config = ModelConfig(levels=LEVELS, d_model=8, n_layers=1, pool=(2, 2), d_state=8, **more)  # type: ignore[arg-type]
+    model = Sashimi(config).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(5)
+    return model
+
+
+def even(n: int) -> Tensor:
+    """Uniforms that leave nothing to chance: n of them, one in the middle of each n-th of [0, 1)."""
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
+
+
+def shares(logits: Tensor, n: int = 10000, **settings: float) -> Tensor:
+    """How often each id is drawn from evenly spread uniforms: (V,) in [0, 1], exact to 1/n."""
+    ids, _ = draw(logits.expand(n, -1), even(n), **settings)  # type: ignore[arg-type]
+    return torch.bincount(ids, minlength=len(logits)) / n
+
+
+# --- one sample
+
+
+def test_uniforms_are_a_function_of_seed_clip_and_sample() -> None:
+    """Law 16. Mutations: `counter=start`; `key` without `clip`; another shift than 11."""
+    assert uniforms(7, 3, 6).tolist() == [
+        0.4821286018761155,
+        0.7241355726248441,
+        0.05025403948627161,
+        0.31612687235830494,
+        0.6807485287933278,
+        0.1953179050146333,
+    ]
+    assert uniforms(2**64 - 1, 10**6, 2, start=10**12).tolist() == [0.563945202336186, 0.7892492859743626]
+    whole = uniforms(1, 2, 50)
+    for start in (0, 1, 2, 3, 4, 7, 41):
+        assert np.array_equal(uniforms(1, 2, 9, start), whole[start : start + 9])
+    assert not np.isin(whole, np.concatenate((uniforms(1, 3, 50), uniforms(2, 2, 50), uniforms(2, 1, 50)))).any()
+
+
+def test_draws_follow_the_softmax() -> None:
+    """Inverse CDF, by spread and by random uniforms (chi-square). Mutation: `probs.sqrt()` in the cdf."""
+    logits = 2 * torch.randn(LEVELS, generator=torch.manual_seed(0))
+    expected = logits.double().softmax(-1)
+    assert torch.allclose(shares(logits).double(), expected, rtol=0, atol=1.001e-4)
+
+    n = 20000
+    u = torch.from_numpy(uniforms(0, 0, n))
+    count = torch.bincount(draw(logits.expand(n, -1), u)[0], minlength=LEVELS)
+    chi_square = ((count - n * expected) ** 2 / (n * expected)).sum()
+    assert chi_square < LEVELS - 1 + 4 * math.sqrt(2 * (LEVELS - 1))
+
+
+def test_temperature_divides_the_logits() -> None:
+    """Mutation: multiply by the temperature."""
+    logits = torch.randn(LEVELS, generator=torch.manual_seed(1))
+    for temperature in (0.3, 2.0):
+        expected = (logits.double() / temperature).softmax(-1)
+        assert torch.allclose(shares(logits, temperature=temperature).double(), expected, rtol=0, atol=1.001e-4)
+
+
+def test_impossible_ids_are_not_drawn() -> None:
+    """Not even by the extreme uniforms. Mutation: `right=False`."""
+    logits = torch.full((2, 6), -math.inf)
+    logits[:, 2], logits[:, 4] = 0.0, 1.0
+    ids, nats = draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert ids.tolist() == [2, 4]
+    assert nats.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"top_k": 1}, {0}),
+        ({"top_k": 3}, {0, 1, 3}),  # 3 and 4 are equally likely
+        ({"top_k": 5}, {0, 1, 2, 3, 4}),
+        ({"top_p": 1e-9}, {0}),
+        ({"top_p": 0.5}, {0}),
+        ({"top_p": 0.51}, {0, 1}),
+        ({"top_p": 0.75}, {0, 1}),
+        ({"top_p": 0.99}, {0, 1, 2, 3, 4}),
+        ({"top_k": 2, "top_p": 0.6}, {0}),  # 2/3 and 1/3 of what top_k leaves
+        ({"top_k": 2, "top_p": 0.7}, {0, 1}),
+    ],
+)
+def test_truncation_keeps_the_likeliest(settings: dict[str, float], left: set[int]) -> None:
+    """And their proportions. Mutations: `before <= …`; sort without `descending`; `top_k + 1`; no `stable`."""
+    probs = torch.tensor([1 / 2, 1 / 4, 1 / 16, 3 / 32, 3 / 32], dtype=torch.float64)
+    kept = torch.tensor([p if i in left else 0.0 for i, p in enumerate(probs.tolist())])
+    assert torch.allclose(shares(probs.log(), **settings), kept / kept.sum(), rtol=0, atol=1.001e-4)
+
+
+def test_nats_are_the_models_own() -> None:
+    """Whatever the temperature and truncation. Mutation: gather from `probs.log()`."""
+    logits = torch.randn(4, LEVELS, generator=torch.manual_seed(2))
+    for settings in ({}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.3, "temperature": 2.0}):
+        ids, nats = draw(logits, even(4), **settings)  # type: ignore[arg-type]
+        expected = torch.nn.functional.cross_entropy(logits.double(), ids, reduction="none")
+        assert torch.allclose(nats, expected, rtol=1e-12, atol=0)
+
+
+# --- clips
+
+
+def test_a_clip_is_the_same_whatever_else_is_asked_for() -> None:
+    """Law 16: to the bit, nats included, in any company and order, and when asked for again.
+
+    Mutations: in `generate`, `batches_of([*range(len(numbers))], …)`; in `Tier.step`'s pooling, no `pending.clone()`.
+    """
+    model, n, prompt = tiny(), 40, torch.tensor([9, 20, 3])  # the prompt leaves half-filled pooling blocks
+    ids = generate(model, n, clips=range(7), batch_size=3, prompt=prompt)
+    assert len(ids.unique(dim=0)) == 7
+    for clips in ([6], [4, 0, 2], [5, 5, 1], range(6, -1, -1)):
+        assert torch.equal(generate(model, n, clips=clips, batch_size=3, prompt=prompt), ids[list(clips)])
+    generator = Generator(model, Drawing(batch_size=3), prompt)
+    first = generator.batch(1, n)
+    generator.batch(0, n)
+    assert all(map(torch.equal, generator.batch(1, n), first))
+    assert torch.equal(first[0], ids[3:6])
+
+
+def test_batch_sizes_and_blocks_agree_in_float64() -> None:
+    """Law 16 across batch sizes; and a clip longer than an engine's block is the engine's in one piece.
+
+    Mutations: `uniforms(seed, i, …)` instead of `first + i`; leave out `start` there.
+    """
+    model, n = tiny().double(), 530
+    ids = generate(model, n, clips=range(4))
+    for size in (1, 3):
+        assert torch.equal(generate(model, 50, clips=range(4), batch_size=size), ids[:, :50])
+    with torch.inference_mode():
+        engine = plain_engine(model, draw)
+        u = torch.from_numpy(np.stack([uniforms(0, clip, n) for clip in range(4)]))
+        assert torch.equal(engine(torch.full((4,), LEVELS // 2), model.init_state(4), u)[0], ids)
+
+
+@pytest.mark.parametrize("variant", [{}, {"unet": True, "norm": "scalar", "weight_norm": True}])
+def test_samples_are_scored_as_forward_scores_them(variant: dict[str, object]) -> None:
+    """Law 16, teacher-forced: forward on (silence, ids before) gives the nats of every draw within 1e-4.
+
+    Mutation: begin with `torch.tensor([0])` instead of silence.
+    """
+    model = tiny(**variant)
+    ids, nats = Generator(model, Drawing(temperature=0.8, batch_size=3)).batch(0, 60)
+    with torch.no_grad():
+        logits = model(torch.cat((torch.full((3, 1), LEVELS // 2), ids[:, :-1]), dim=1))
+    expected = torch.nn.functional.cross_entropy(logits.double().mT, ids, reduction="none")
+    assert (nats - expected).abs().max() < 1e-4
+
+
+def test_teacher_forced_logits_agree_across_batch_sizes() -> None:
+    """Law 16 in float32: stepping through the same ids, alone or among others, gives the same logits within 1e-4.
+
+    Mutation: in `Recurrence.step`, sum the low-rank term over the batch too.
+    """
+    model = tiny()
+    ids = generate(model, 40, clips=range(4))
+
+    def logits(rows: Tensor) -> Tensor:
+        state, outputs = model.init_state(len(rows)), []
+        for inputs in rows.unbind(1):
+            output, state = model.step(inputs, state)
+            outputs.append(output)
+        return torch.stack(outputs, dim=1)
+
+    with torch.no_grad():
+        together, alone = logits(ids), torch.cat([logits(row[None]) for row in ids])
+    assert (together - alone).abs().max() < 1e-4 * together.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8, 11])
+def test_a_prompt_is_taken_in_as_if_it_had_been_drawn(length: int) -> None:
+    """Prefill equals stepping through silence and the prompt, in float64. Mutation: prefill `rows[:, 1:]`."""
+    model = tiny().double()
+    prompt = torch.randint(LEVELS, (length,), generator=torch.manual_seed(3))
+    state, n = model.init_state(2), 20
+    with torch.no_grad():
+        for heard in (LEVELS // 2, *prompt.tolist()[:-1]):
+            _, state = model.step(torch.full((2,), heard), state)
+        u = torch.from_numpy(np.stack([uniforms(0, clip, n) for clip in range(2)]))
+        expected, _, _ = plain_engine(model, draw)(torch.full((2,), int(prompt[-1])), state, u)
+    assert torch.equal(generate(model, n, clips=range(2), prompt=prompt), expected)
+    assert not torch.equal(generate(model, n, clips=range(2)), expected)
+
+
+def test_generating_leaves_a_model_in_training_as_it_was() -> None:
+    """Dropout is off meanwhile, its mode comes back, and the ids can be trained on.
+
+    Mutations: no `model.eval()`; no `model.train(training)`; make `ids` within inference mode.
+    """
+    model, prompt = tiny(dropout=0.5), torch.arange(8)
+    expected = generate(model, 20, prompt=prompt)
+    model.train()
+    ids = generate(model, 20, prompt=prompt)
+    assert torch.equal(ids, expected)
+    assert model.training
+    model(ids).sum().backward()
+
+
+def test_one_thread_computes() -> None:
+    """Law 16: another number of threads could round differently. Mutation: no `torch.set_num_threads(1)`."""
+    seen, threads = [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        generate(tiny(), 4, on_progress=lambda samples: seen.append(torch.get_num_threads()))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert seen == [1]
+
+
+def test_progress_counts_samples() -> None:
+    """Mutation: report `block.stop`."""
+    told: list[int] = []
+    generate(tiny(), 600, clips=[1], batch_size=1, on_progress=told.append)
+    assert len(told) > 1
+    assert sum(told) == 600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"n_samples": 0}, "n_samples=0"),
+        ({"clips": []}, r"clips=\[\]"),
+        ({"clips": [-1]}, "clips="),
+        ({"seed": -1}, "seed=-1"),
+        ({"temperature": 0.0}, "temperature=0"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": LEVELS + 1}, f"top_k={LEVELS + 1}.*{LEVELS} levels"),
+        ({"top_p": 0.0}, "top_p=0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"prompt": torch.tensor([LEVELS])}, "prompt"),
+        ({"prompt": torch.tensor([0.5])}, "prompt.*Quantizer"),
+        ({"prompt": torch.zeros(2, 3, dtype=torch.int64)}, "prompt"),
+    ],
+)
+def test_what_cannot_be_generated_is_named(arguments: dict, named: str) -> None:
+    """Mutation: drop any check."""
+    with pytest.raises(InputError, match=named) as caught:
+        generate(tiny(), **{"n_samples": 4, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_diverged_model_is_an_error_not_noise() -> None:
+    """Mutation: drop the check of the nats."""
+    model = tiny()
+    with torch.no_grad():
+        model.head.weight[3] = math.nan
+    with pytest.raises(InputError, match="not finite"):
+        generate(model, 4)
