@@ -1,0 +1,72 @@
+"""Evaluate: accelerate launch launch/evaluate.py MODEL_OR_RUN [--data shards/NAME] [--split test]; prints JSON."""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from sashimi.audio import AudioConfig
+from sashimi.checkpoint import find_model_folder, load_model, load_model_folder
+from sashimi.distributed import Distributed, run_command
+from sashimi.errors import InputError
+from sashimi.loss import bits_per_sample
+from sashimi.parsing import build, parse
+from sashimi.shards import open_split
+from sashimi.stream import DataConfig, eval_batches
+from sashimi.trainer import Objective, evaluate
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Bits per sample of a model on one split."""
+
+    model: str
+    """Model folder, checkpoint or run (then its best checkpoint)."""
+    data: str | None = None
+    """Folder of shards; left out: what the model was trained on."""
+    split: str = "test"
+    """train, valid or test."""
+    segment: int = 0
+    """Length of a segment in samples; 0: as in training."""
+    batch_size: int = 8
+    """Segments at once and rank; does not change the result."""
+    out: str | None = None
+    """File for the JSON result, beside printing it."""
+
+
+def main() -> None:
+    """Load, evaluate on all ranks, print on one."""
+    config = parse(EvaluateConfig, sys.argv[1:], "evaluate.py", "Bits per sample of a model on a split, as JSON.")
+    dist = Distributed()
+    folder = find_model_folder(Path(config.model))
+    saved = load_model_folder(folder)[1]
+    if config.data is None and "data" not in saved:
+        raise InputError(f"{folder}: does not say what it was trained on; name the shards with --data")
+    data = build(DataConfig, saved.get("data", {}), str(folder))
+    data = replace(data, shards=config.data or data.shards, segment=config.segment or data.segment)
+    audio = build(AudioConfig, saved["audio"], str(folder))
+    split = open_split(data.shards, config.split)
+    batches = eval_batches(
+        split, data, audio, config.batch_size, dist.rank, dist.world_size, dist.device.type == "cuda"
+    )
+    model = load_model(folder, dist.device)
+    nats, count, faults = evaluate(Objective(model), batches, dist)
+    if dist.is_main:
+        result = {
+            "bits_per_sample": bits_per_sample(nats, count),
+            "samples": count,
+            "undecodable": faults,
+            "model": str(folder),
+            "data": data.shards,
+            "split": config.split,
+            "segment": data.segment,
+        }
+        text = json.dumps(result, indent=2)
+        print(text)
+        if config.out:
+            Path(config.out).write_text(text + "\n")
+    dist.close()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,144 @@
+"""The one place that asks about ranks, devices and signals: everything else is told.
+
+`Distributed` builds Accelerate's Accelerator. The data loader, the learning-rate schedule and gradient accumulation
+are not given to Accelerate: it would divide the data again, step the schedule once a process, and rescale the loss.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+)
+from torch import Tensor, nn
+
+from sashimi.errors import InputError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Distributed:
+    """This process among those that a launcher started: rank, device, precision, and what they do together."""
+
+    def __init__(self, timeout_minutes: float = 30) -> None:
+        """Join the others. Precision and devices are the launcher's choice; a machine without a GPU uses gloo."""
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            gradient_accumulation_steps=1,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+            ],
+        )
+        self.rank = self.accelerator.process_index
+        self.world_size = self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.precision = self.accelerator.mixed_precision
+        self.stop_requested = False
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """DDP (or the launcher's DeepSpeed) around the module, autocast in its forward, fp16's loss scaling."""
+        return self.accelerator.prepare(module, optimizer)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The launcher's precision, for a module that `prepare` has not seen."""
+        return self.accelerator.autocast()
+
+    def synchronize_when(self, last: bool, module: nn.Module) -> AbstractContextManager[None]:
+        """Let the ranks exchange gradients in the last micro-batch of a step only."""
+        return nullcontext() if last else self.accelerator.no_sync(module)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate a share of the global mean, given as if this rank were alone.
+
+        DDP averages the ranks' gradients, so the loss is multiplied by their number and the gradients add up.
+        """
+        self.accelerator.backward(loss * self.world_size)
+
+    def clip_gradients(self, parameters: list[nn.Parameter], max_norm: float) -> float:
+        """Unscale, clip to `max_norm` (0: no clipping) and return the norm of the whole gradient before that."""
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm or float("inf"))
+        assert norm is not None
+        return float(norm)
+
+    def discard_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop a step's gradients; a loss scale backs off."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+        optimizer.zero_grad()
+
+    @property
+    def loss_scale(self) -> dict[str, Any]:
+        """The fp16 gradient scaler's state as JSON, empty in other precisions."""
+        return {} if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+
+    @loss_scale.setter
+    def loss_scale(self, state: dict[str, Any]) -> None:
+        if self.accelerator.scaler is not None and state:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over the ranks, in one small all-reduce of float64."""
+        if self.world_size == 1:
+            return list(values)
+        vector = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(vector)
+        return vector.tolist()
+
+    def gather(self, lines: list[str]) -> list[str]:
+        """Every rank's lines, in order of rank, on every rank."""
+        return gather_object(lines)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def stop_signals(self) -> Iterator[None]:
+        """Within: SIGTERM and SIGUSR1 (of a scheduler that wants its node back) set `stop_requested` and no more."""
+
+        def request_stop(number: int, frame: FrameType | None) -> None:
+            self.stop_requested = True
+
+        previous = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def close(self) -> None:
+        """Leave the process group. The pause lets gloo's threads end; without it the interpreter can abort at exit."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            time.sleep(0.2)
+
+    def peak_memory(self) -> int:
+        """Bytes: the most that the device has held, or the process where there is no device."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; what its user can mend (`InputError`) becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

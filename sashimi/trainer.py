@@ -1,0 +1,315 @@
+"""The training loop: read it top to bottom. Everything it needs arrives as an argument.
+
+A step's loss is (nats over the scored samples of the global batch) / (their number), whatever the ranks, the
+micro-batches and their masks, so W ranks train as one process does.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sashimi.checkpoint import Checkpoint, load_weights, prune, save_checkpoint, write_best
+from sashimi.distributed import Distributed
+from sashimi.errors import InputError
+from sashimi.loss import bits_per_sample, nll
+from sashimi.optim import (
+    OptimConfig,
+    Plateau,
+    build_ema,
+    build_optimizer,
+    lr_factor,
+    optimizer_tensors,
+    plateau_step,
+    restore_ema,
+    restore_optimizer,
+    set_learning_rates,
+)
+from sashimi.stream import Batch, TrainingData
+from sashimi.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what batches, and how often to validate and save."""
+
+    steps: int = 100_000
+    """Optimizer steps in all; a resumed run goes on to the same number."""
+    batch_size: int = 8
+    """Segments a step, over all ranks (the global batch)."""
+    micro_batch: int = 0
+    """Segments a forward pass and rank; the rest of the batch is accumulated. 0: batch_size / world size."""
+    valid_every: int = 1000
+    """Steps between evaluations of the whole validation split."""
+    save_every: int = 1000
+    """Steps between checkpoints; a new best validation and the end are saved too."""
+    keep_last: int = 2
+    """Newest checkpoints to keep, beside the best one."""
+    max_bad_steps: int = 10
+    """Steps in a row without a finite loss and gradient (each skipped on all ranks) that stop the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "valid_every", "save_every", "keep_last", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if self.micro_batch < 0:
+            raise InputError(f"train.micro_batch={self.micro_batch}: must be 0 (batch_size / world size) or more")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is; with weights and optimizer state, all that its future depends on."""
+
+    step: int = 0
+    position: int = 0  # segments consumed
+    plateau: Plateau = field(default_factory=Plateau)
+    best_step: int | None = None
+    best_bits: float | None = None
+    skipped: int = 0  # steps without an update, so far
+    bad: int = 0  # of these, the latest in a row
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint's state.json keeps, beside its step."""
+        return {**asdict(self), "plateau": self.plateau._asdict()}
+
+    @staticmethod
+    def from_json(step: int, state: dict[str, Any]) -> "Progress":
+        """The inverse of `to_json`."""
+        known = {name: state[name] for name in ("position", "best_step", "best_bits", "skipped", "bad")}
+        return Progress(step=step, plateau=Plateau(**state["plateau"]), **known)
+
+
+class Objective(nn.Module):
+    """Model and loss as one module: what DDP wraps returns one number, not (B, L, V) logits made float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """The summed nats of the scored samples: inputs, targets (B, L) int64, mask (B, L) bool -> float64 scalar."""
+        return nll(self.model(inputs), targets, mask)[0]
+
+
+class Trainer:
+    """One run on one rank. All ranks construct it alike and call `train` together."""
+
+    def __init__(
+        self,
+        dist: Distributed,
+        model: nn.Module,
+        *,
+        folder: Path,
+        run_config: dict[str, Any],
+        config: TrainConfig,
+        optim: OptimConfig,
+        seed: int,
+        data: TrainingData,
+        tracker: Tracker,
+        listen: Callable[[nn.Module, int], None],
+    ) -> None:
+        """Args:
+        dist: this process among the others.
+        model: on `dist.device`, not prepared.
+        folder: of checkpoints, runs/NAME/checkpoints; run_config: the whole config as JSON, saved beside the weights.
+        data: this rank's share of the training and validation splits.
+        tracker: where scalars go; a silent one on other ranks.
+        listen: generates and logs audio of the given model at a step, as often as it likes; called on every rank.
+        """
+        self.dist, self.model, self.folder, self.run_config = dist, model, folder, run_config
+        self.config, self.optim, self.seed, self.data = config, optim, seed, data
+        self.tracker, self.listen = tracker, listen
+        self.progress = Progress()
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.ema = build_ema(model, optim.ema) if optim.ema else None
+        self.raw_optimizer = build_optimizer(model.named_parameters(), optim)
+        self.objective, self.optimizer = dist.prepare(Objective(model), self.raw_optimizer)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint, as if the run had never stopped."""
+        load_weights(self.model, checkpoint.model, "checkpoint")
+        restore_optimizer(self.raw_optimizer, self.model.named_parameters(), checkpoint.optimizer)
+        if self.ema is not None:
+            # A run that had no average so far starts one from its weights.
+            restore_ema(self.ema, checkpoint.ema or checkpoint.model, checkpoint.state["ema_updates"])
+        self.dist.loss_scale = checkpoint.state["loss_scale"]
+        self.progress = Progress.from_json(checkpoint.step, checkpoint.state)
+
+    def save(self) -> None:
+        """Write a checkpoint, and wait for it on every rank. A full disk is reported and the run goes on."""
+        now = self.progress
+        if self.dist.is_main:
+            state = {
+                **now.to_json(),
+                "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+                "loss_scale": self.dist.loss_scale,
+                "world_size": self.dist.world_size,
+                "mixed_precision": self.dist.precision,
+            }
+            try:
+                save_checkpoint(
+                    self.folder,
+                    now.step,
+                    self.model.state_dict(),
+                    optimizer_tensors(self.raw_optimizer, self.model.named_parameters()),
+                    state,
+                    self.run_config,
+                    None if self.ema is None else self.ema.module.state_dict(),
+                )
+                if now.best_step == now.step and now.best_bits is not None:
+                    write_best(self.folder.parent, now.step, now.best_bits)
+                prune(self.folder, self.config.keep_last, now.best_step)
+            except OSError as error:
+                self.tracker.note(f"step {now.step} is NOT SAVED: {error}; older checkpoints stand, the run goes on")
+        self.dist.barrier()
+
+    def train(self) -> bool:
+        """Run to the last step, or until a signal asks to stop. Saves at the end. True if the run is complete.
+
+        Raises `InputError` after saving nothing if the loss is not finite `max_bad_steps` times in a row, and after
+        saving if a segment cannot be decoded and that is fatal.
+        """
+        if self.progress.step == 0:
+            self.validate()
+        batches = self.data.batches(self.progress.position)
+        saved = self.progress.step
+        while self.progress.step < self.config.steps:
+            micro_batches = [next(batches) for _ in range(self.data.accumulation)]
+            faults = [fault for batch in micro_batches for fault in batch.faults]
+            for fault in faults:
+                self.tracker.note(f"cannot decode {fault}; it is not scored")
+            scored = sum(int(batch.mask.sum()) for batch in micro_batches)
+            count, stop, n_faults = self.dist.sum(scored, self.dist.stop_requested, len(faults))
+            if stop or (n_faults and self.data.data.on_damage == "fatal"):
+                # This batch has not been consumed: a resumed run begins with it.
+                if saved != self.progress.step:
+                    self.save()
+                if stop:
+                    return False
+                raise InputError(f"data.on_damage=fatal, stopped and saved: {'; '.join(self.dist.gather(faults))}")
+
+            self.step(micro_batches, int(count))
+            step = self.progress.step
+            improved = (step % self.config.valid_every == 0 or step == self.config.steps) and self.validate()
+            self.listen(self.model if self.ema is None else self.ema.module, step)
+            if improved or step % self.config.save_every == 0 or step == self.config.steps:
+                self.save()
+                saved = step
+        return True
+
+    def rehearse(self) -> str:
+        """Two steps that nothing is kept of, as a report: size, epoch, memory, time."""
+        batches, seconds = self.data.batches(0), 0.0
+        for _ in range(2):
+            start = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(self.data.accumulation)]
+            (count,) = self.dist.sum(sum(int(batch.mask.sum()) for batch in micro_batches))
+            self.step(micro_batches, int(count))
+            seconds = time.perf_counter() - start  # of the second one: the first compiles and allocates
+        memory = [int(line) for line in self.dist.gather([str(self.dist.peak_memory())])]
+        lines = {
+            "parameters": f"{sum(p.numel() for p in self.parameters):,}",
+            "segments per epoch": f"{self.data.segments_per_epoch:,}",
+            "steps per epoch": f"{self.data.segments_per_epoch / self.config.batch_size:,.1f}",
+            "batch": f"{self.config.batch_size} segments = {self.dist.world_size} ranks x "
+            f"{self.data.accumulation} micro-batches x {self.data.micro_batch}",
+            "memory per rank": f"{max(memory) / 2**30:.2f} GiB",
+            "seconds per step": f"{seconds:.3f}",
+            "all steps": f"{timedelta(seconds=round(seconds * self.config.steps))}, without validation",
+        }
+        return "\n".join(f"{name:<18} {value}" for name, value in lines.items())
+
+    def step(self, micro_batches: list[Batch], count: int) -> None:
+        """One global batch with `count` scored samples over all ranks: forward, backward, agree, update."""
+        now = self.progress
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, now.step, self.dist.rank]).generate_state(1)[0]))
+        factor = lr_factor(now.step, self.config.steps, now.plateau, self.optim)
+        set_learning_rates(self.optimizer, factor)
+        self.objective.train()
+
+        own_nats = []
+        for i, batch in enumerate(micro_batches):
+            with self.dist.synchronize_when(i == len(micro_batches) - 1, self.objective):
+                nats = self.objective(*(t.to(self.dist.device, non_blocking=True) for t in batch[:3]))
+                self.dist.backward(nats / max(count, 1))
+            own_nats.append(nats.detach())
+        norm = self.dist.clip_gradients(self.parameters, self.optim.clip)
+        (nats_sum,) = self.dist.sum(float(torch.stack(own_nats).sum()))
+
+        # The reduced loss and gradient are the same on every rank, so all of them update or none does.
+        finite = math.isfinite(nats_sum) and math.isfinite(norm)
+        if finite and count:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+        else:
+            self.dist.discard_gradients(self.optimizer)
+        # An fp16 gradient that overflows only lowers the loss scale: nothing is wrong with the run.
+        overflow = math.isfinite(nats_sum) and not finite and self.dist.precision == "fp16"
+        self.progress = now = replace(
+            now,
+            step=now.step + 1,
+            position=now.position + self.config.batch_size,
+            skipped=now.skipped + (not finite or not count),
+            bad=0 if finite or overflow else now.bad + 1,
+        )
+        self.tracker.step(
+            now.step,
+            {
+                "train/bits": bits_per_sample(nats_sum, count),
+                "train/grad_norm": norm,
+                "train/skipped_steps": now.skipped,
+                **{f"lr/{group['name']}": group["lr"] for group in self.optimizer.param_groups},
+                "memory_bytes": self.dist.peak_memory(),
+            },
+            samples=count,
+            position=now.position,
+        )
+        if now.bad >= self.config.max_bad_steps:
+            bad = [b for b, n in zip(micro_batches, own_nats, strict=True) if not math.isfinite(float(n))]
+            names = self.dist.gather([self.data.describe(i) for b in bad for i in b.segment_ids.tolist() if i >= 0])
+            raise InputError(
+                f"no finite loss and gradient in {now.bad} steps up to {now.step}, last gradient norm {norm}; "
+                f"segments of the last one: {', '.join(names) or 'finite losses, only the gradient is not'}; "
+                "lower optim.lr or set optim.clip, and go on with --resume auto"
+            )
+
+    def validate(self) -> bool:
+        """Evaluate, log, step the plateau. True if this is the best validation so far."""
+        objective = self.objective if self.ema is None or self.progress.step == 0 else Objective(self.ema.module)
+        with self.tracker.pause():
+            nats, count, faults = evaluate(objective, self.data.valid_batches, self.dist)
+        for fault in faults:
+            self.tracker.note(f"validation without {fault}")
+        bits, now = bits_per_sample(nats, count), self.progress
+        self.tracker.log(now.step, {"valid/bits": bits})
+        if now.step > 0:
+            now = replace(now, plateau=plateau_step(now.plateau, bits, self.optim))
+        improved = now.step > 0 and bits < (math.inf if now.best_bits is None else now.best_bits)
+        if improved:
+            now = replace(now, best_step=now.step, best_bits=bits)
+        self.progress = now
+        return improved
+
+
+@torch.no_grad()
+def evaluate(objective: nn.Module, batches: Iterable[Batch], dist: Distributed) -> tuple[float, int, list[str]]:
+    """Summed nats, scored samples and undecodable segments of all ranks' batches: exact for any number of ranks."""
+    objective.eval()
+    nats, count = 0.0, 0
+    faults: list[str] = []
+    for batch in batches:
+        with dist.autocast():
+            nats += float(objective(*(t.to(dist.device, non_blocking=True) for t in batch[:3])))
+        count += int(batch.mask.sum())
+        faults += batch.faults
+    nats, total = dist.sum(nats, count)
+    return nats, int(total), dist.gather(faults)

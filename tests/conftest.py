@@ -1,0 +1,90 @@
+"""Shared by the tests that train: tiny real shards, and the commands run in this process or in several real ones."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sashimi.shards import write_split
+
+ROOT = Path(__file__).parent.parent
+RATE = 8000
+
+# A model and a schedule small enough for seconds, with every part of a run: warm-up, clipping, validation, saving.
+TINY = (
+    "--audio.sample_rate 8000 --data.segment 512 --data.workers 0 --data.crop true --model.d_model 8 "
+    "--model.n_layers 1 --optim.lr 0.01 --optim.schedule cosine --optim.warmup_steps 3 --optim.clip 1 "
+    "--train.batch_size 4 --train.steps 12 --train.valid_every 4 --train.save_every 4 "
+    "--track.log_every 1 --track.audio_every 0"
+).split()
+
+
+@pytest.fixture(scope="session")
+def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tones in noise, 0.04 to 0.4 s at 8 kHz, in all three splits: segments of unequal length at every batch."""
+    folder = tmp_path_factory.mktemp("shards") / "tiny"
+    rng = np.random.default_rng(0)
+
+    def clip() -> np.ndarray:
+        t = np.arange(rng.integers(300, 3000)) / RATE
+        tone = 8000 * np.sin(2 * np.pi * rng.uniform(100, 600) * t) + rng.normal(0, 300, len(t))
+        return tone.astype(np.int16)
+
+    for split, count in (("train", 23), ("valid", 7), ("test", 5)):
+        write_split(folder, split, {f"{split}-{i:03d}": clip() for i in range(count)}, RATE, shard_recordings=10)
+    return folder
+
+
+@pytest.fixture
+def train(
+    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[dict]]:
+    """train(NAME, *arguments) runs launch/train.py in this process; returns the lines of its metrics.jsonl."""
+
+    def run(name: str, *arguments: str) -> list[dict]:
+        argv = [*TINY, "--data.shards", str(tiny_shards), "--runs", str(tmp_path / "runs"), "--name", name, *arguments]
+        command("launch/train.py", argv, monkeypatch)
+        return metrics(tmp_path / "runs" / name)
+
+    return run
+
+
+def command(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script of the project as `python SCRIPT ARGV` would, in this process. SystemExit is passed on."""
+    monkeypatch.setattr(sys, "argv", [script, *argv])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(lines: list[dict]) -> list[tuple[int, str, float]]:
+    """(step, name, bits) of every loss in them."""
+    return [(line["step"], name, line[name]) for line in lines for name in line if name.endswith("/bits")]
+
+
+def launch(processes: int, script: str, argv: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run a script with `accelerate launch` on several CPU processes of one thread each."""
+    return subprocess.run(
+        [*launcher(processes), str(ROOT / script), *argv],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def launcher(processes: int) -> list[str]:
+    """The command that starts that many processes on this machine, on a port of its own."""
+    config = str(ROOT / "launch/accelerate/cpu.yaml")
+    count = ["--num_processes", str(processes), "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *count]

@@ -1,0 +1,95 @@
+"""Law 12 on one rank, and what may and may not change when a run goes on. More ranks: test_distributed.py."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import curve, metrics
+from safetensors.torch import load_file
+
+Train = Callable[..., list[dict]]
+KEEP = ("--train.keep_last", "10")
+
+
+@pytest.mark.parametrize("extra", [(), ("--optim.ema", "0.9"), ("--model.dropout", "0.2", "--train.micro_batch", "2")])
+def test_resume_is_no_interruption(train: Train, tmp_path: Path, extra: tuple[str, ...]) -> None:
+    """Law 12: from the checkpoint of step 4, losses and weights are bit-equal to the run that went on.
+
+    Mutations: leave out `restore_optimizer`, `restore_ema`, or `torch.manual_seed`.
+    """
+    unbroken = train("run", *KEEP, *extra)
+    folder = tmp_path / "runs/run/checkpoints"
+    shutil.copytree(folder / "step-00000012", tmp_path / "first")
+    resumed = train("run", *KEEP, *extra, "--resume", str(folder / "step-00000004"))
+    assert curve(resumed) == curve(unbroken)
+    assert [line["epoch"] for line in resumed if "epoch" in line] == [
+        line["epoch"] for line in unbroken if "epoch" in line
+    ]
+    for name in ("model", "optimizer", "ema")[: 3 if "--optim.ema" in extra else 2]:
+        first = load_file(tmp_path / "first" / f"{name}.safetensors")
+        second = load_file(folder / "step-00000012" / f"{name}.safetensors")
+        assert first.keys() == second.keys()
+        assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_resume_auto_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
+    """Nothing is lost by running it once more. Mutation: validate at any start."""
+    lines = train("run")
+    checkpoint = tmp_path / "runs/run/checkpoints/step-00000012/manifest.json"
+    written = checkpoint.stat().st_mtime_ns
+    assert train("run") == lines
+    assert checkpoint.stat().st_mtime_ns == written
+
+
+def test_more_steps_go_on(train: Train, tmp_path: Path) -> None:
+    """Steps may grow on resume; every step is logged once. Mutation: cut metrics.jsonl back to step 0."""
+    train("run")
+    lines = train("run", "--train.steps", "16")
+    assert [line["step"] for line in lines if "train/bits" in line] == list(range(1, 17))
+
+
+def test_retention(train: Train, tmp_path: Path) -> None:
+    """The last k and the best checkpoints stay. Mutation: pass best_step=None to `prune`."""
+    train("run", "--train.keep_last", "1", "--optim.lr", "0.01", "--train.save_every", "2")
+    run = tmp_path / "runs/run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000012"]
+    # A learning rate that ruins the model leaves the best one behind.
+    train("worse", "--train.keep_last", "1", "--optim.lr", "3", "--optim.clip", "0", "--optim.schedule", "constant")
+    kept = sorted(path.name for path in (tmp_path / "runs/worse/checkpoints").iterdir())
+    best = min((bits, step) for step, name, bits in curve(metrics(tmp_path / "runs/worse"))[1:] if name == "valid/bits")
+    assert kept == sorted({f"step-{best[1]:08d}", "step-00000012"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--model.d_model", "16"), "model.d_model=16: the checkpoint to resume from has 8"),
+        (("--seed", "1"), "seed=1: the checkpoint to resume from has 0"),
+        (("--data.segment", "256"), "data.segment=256: the checkpoint to resume from has 512"),
+        (("--audio.quantizer", "linear"), "audio.quantizer=linear: the checkpoint to resume from has mu-law"),
+    ],
+)
+def test_what_may_not_change(
+    train: Train, capsys: pytest.CaptureFixture[str], change: tuple[str, ...], message: str
+) -> None:
+    """One line names the field and offers --init-from. Mutation: an empty FIXED_ON_RESUME."""
+    train("run", "--train.steps", "1")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train("run", *change)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {message}")
+    assert "--init-from" in error
+
+
+def test_init_from_starts_at_the_other_runs_weights(train: Train, tmp_path: Path) -> None:
+    """Fine-tuning begins with the other run's validation loss and its model, whatever the recipe says.
+
+    Mutation: leave out `load_state_dict(weights)` in launch/train.py.
+    """
+    before = train("run")
+    tuned = train("tuned", "--init_from", str(tmp_path / "runs/run"), "--model.d_model", "4", "--train.steps", "4")
+    assert tuned[0]["valid/bits"] == pytest.approx(before[-1]["valid/bits"], rel=1e-6)
+    again = train("tuned", "--init_from", str(tmp_path / "runs/run"), "--model.d_model", "4", "--train.steps", "6")
+    assert [line["step"] for line in again if "train/bits" in line] == [1, 2, 3, 4, 5, 6]
