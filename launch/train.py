@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sashimi.audio import Quantizer
-from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, load_model_folder, rewind
+from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, load_model_folder, load_weights, rewind
 from sashimi.config import adopt_model, parse_run_config, save_config
 from sashimi.distributed import Distributed, run_command
 from sashimi.model import Sashimi
@@ -20,14 +20,13 @@ from sashimi.trainer import Trainer
 
 def main() -> None:
     """Everything that a run is made of, put together; then `Trainer.train`."""
-    dry_run = "--dry-run" in sys.argv
-    config = parse_run_config([argument for argument in sys.argv[1:] if argument != "--dry-run"])
+    config = parse_run_config(sys.argv[1:])
     dist = Distributed()
     tracker = Tracker()
     note = tracker.note if dist.is_main else lambda text: None
 
     checkpoints, checkpoint, weights = config.folder / "checkpoints", None, None
-    if found := None if dry_run else find_resume(checkpoints, config.resume, note):
+    if found := None if config.dry_run else find_resume(checkpoints, config.resume, note):
         checkpoint = load_checkpoint(found)
         if config.init_from:
             config = adopt_model(config, checkpoint.config, str(found))
@@ -39,14 +38,14 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = Sashimi(config.model)
     if weights is not None:
-        model.load_state_dict(weights)
+        load_weights(model, weights, str(config.init_from))
     batch = (config.train.batch_size, config.train.micro_batch)
     place = (dist.rank, dist.world_size, dist.device.type == "cuda")
     data = TrainingData(config.data, config.audio, config.seed, *batch, *place)
 
     start = checkpoint.step if checkpoint else 0
     dist.barrier()  # every rank has read its checkpoint before anything in the run folder moves
-    if dist.is_main and not dry_run:
+    if dist.is_main and not config.dry_run:
         rewind(checkpoints, start, note)
         tracker = RunTracker(config.folder, config.track, start, config.train.steps, data.segments_per_epoch)
         save_config(config, config.folder / "config.yaml")
@@ -73,7 +72,7 @@ def main() -> None:
     )
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    if dry_run:
+    if config.dry_run:
         note(trainer.rehearse())
     else:
         with dist.stop_signals():

@@ -166,7 +166,9 @@ def iter_audio(path: Path, sample_rate: int, block_seconds: float = 10.0) -> Ite
     AudioFault if the file is unreadable, empty, truncated, or holds NaN or infinity; a cut may only show at the end.
     """
     header = read_header(path)
-    resampler = soxr.ResampleStream(header.sample_rate, sample_rate, 1, dtype="float32", quality="VHQ")
+    resampler = None
+    if header.sample_rate != sample_rate:
+        resampler = soxr.ResampleStream(header.sample_rate, sample_rate, 1, dtype="float32", quality="VHQ")
     size = max(1, round(block_seconds * header.sample_rate))
     frames = samples = 0
     try:
@@ -178,7 +180,7 @@ def iter_audio(path: Path, sample_rate: int, block_seconds: float = 10.0) -> Ite
                     raise AudioFault(path, f"NaN or infinite samples before {frames / header.sample_rate:.1f} s")
                 last = len(block) < size or frames == header.frames
                 mono = block.mean(axis=1)
-                if header.sample_rate != sample_rate:
+                if resampler is not None:
                     mono = resampler.resample_chunk(mono, last=last)
                 samples += len(mono)
                 yield mono

@@ -32,6 +32,8 @@ class RunConfig:
     Otherwise a checkpoint's path (RUNS/NAME/checkpoints/step-XXXXXXXX) to go on from."""
     init_from: str | None = None
     """Model folder, checkpoint or run whose weights a new run starts from (fine-tuning); a resumed run ignores it."""
+    dry_run: bool = False
+    """Run two steps, print parameters, segments, memory and time, and leave nothing behind."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     """Sound as the model sees it."""
     data: DataConfig = field(default_factory=DataConfig)

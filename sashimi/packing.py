@@ -53,7 +53,7 @@ class PackConfig(SourceConfig):
     """Samples per second (Hz) in the shards; recordings at other rates are resampled."""
     chunk_seconds: float = 60.0
     """Longer recordings become consecutive clips of this many seconds, so that any place in them is quick to read."""
-    shard_megabytes: float = 256.0
+    shard_megabytes: float = 128.0
     """A shard is full before its audio exceeds this many million bytes as 16-bit samples; as flac it takes about half.
     A recording is never divided over shards, however long it is."""
     processes: int = 0
@@ -128,7 +128,7 @@ def _header(source: Source) -> Header | str:
 def _recording(number: int, source: Source, header: Header | str, sample_rate: int) -> Recording:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", source.name.rpartition(".")[0])[-64:].strip("-")
     samples = 0 if isinstance(header, str) else round(header.frames * sample_rate / header.sample_rate)
-    return Recording(source, f"{number:07d}-{stem}", header, samples)
+    return Recording(source, f"{number:07d}-{stem}".rstrip("-"), header, samples)
 
 
 def _fill(split: str, recordings: list[Recording], limit: float) -> list[Shard]:
@@ -206,9 +206,10 @@ def _refuse_empty(out: Path, plan: Plan, faults: dict[str, str]) -> None:
 
 
 def _pack_shards(config: PackConfig, plan: Plan) -> None:
-    """Packs the shards that have no note yet of what became of their files."""
+    """Packs the shards that are not there yet, or have no note of what became of their files."""
     out = Path(config.out)
-    todo = [shard for shard in plan.shards if not (out / STATE / f"{shard.name}.json").exists()]
+    done = {path.name for path in out.glob("*.tar") if (out / STATE / f"{path.name}.json").exists()}
+    todo = [shard for shard in plan.shards if shard.name not in done]
     files, left = (sum(len(shard.recordings) for shard in shards) for shards in (plan.shards, todo))
     samples = 0
 
@@ -220,11 +221,16 @@ def _pack_shards(config: PackConfig, plan: Plan) -> None:
 
     with tqdm(total=files, initial=files - left, unit=" files") as bar:
         try:
-            for _ in run_jobs(partial(pack_shard, config), todo, config.processes or os.cpu_count() or 1, count):
+            for _ in run_jobs(partial(pack_shard, config), todo, config.processes or _cpus(), count):
                 pass
         finally:
             for unfinished in out.glob(f"{UNFINISHED}*"):
                 unfinished.unlink(missing_ok=True)
+
+
+def _cpus() -> int:
+    """CPUs that this process may use, which on a cluster are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass

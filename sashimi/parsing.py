@@ -24,10 +24,11 @@ T = TypeVar("T")
 def parse(config_class: type[T], argv: Sequence[str], prog: str = "", description: str = "") -> T:
     """`config_class` from a command line: `--config FILE.yaml --section.field value ...`, later options winning.
 
-    A field without a default is a positional argument. Dashes in names are underscores, and several numbers after a
-    name are a list. `--help` prints every field and leaves by SystemExit(0). All other trouble is an InputError.
+    A field without a default is a positional argument. Dashes in names are underscores, several numbers after a name
+    are a list, and the bare name of a yes-or-no field is yes. `--help` prints every field and leaves by SystemExit(0).
+    All other trouble is an InputError.
     """
-    argv = _normalized(argv)
+    argv = _normalized(argv, _switches(config_class))
     parser = _parser(config_class, prog, description)
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
@@ -64,13 +65,28 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _normalized(argv: Sequence[str]) -> list[str]:
-    """["--some-field", "1", "2"] -> ["--some_field", "[1,2]"]"""
+def _normalized(argv: Sequence[str], switches: set[str]) -> list[str]:
+    """["--some-field", "1", "2", "--switch"] -> ["--some_field", "[1,2]", "--switch=true"]"""
     words: list[str] = []
     for numbers, group in itertools.groupby(argv, lambda word: bool(re.fullmatch(r"-?[\d.]+(e-?\d+)?", word))):
         values = list(group)
         words += [f"[{','.join(values)}]"] if numbers and len(values) > 1 else values
-    return [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+    words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+    return [
+        f"{word}=true" if word.removeprefix("--") in switches and after.lower() not in ("true", "false") else word
+        for word, after in itertools.zip_longest(words, words[1:], fillvalue="")
+    ]
+
+
+def _switches(config_class: Any, prefix: str = "") -> set[str]:
+    """Names of the yes-or-no fields: on the command line the name alone means yes."""
+    names = set()
+    for field in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(field.type):
+            names |= _switches(field.type, f"{prefix}{field.name}.")
+        elif field.type is bool:
+            names.add(prefix + field.name)
+    return names
 
 
 def _parser(config_class: type, prog: str = "", description: str = "") -> ArgumentParser:

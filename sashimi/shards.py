@@ -155,8 +155,10 @@ def read_clip(shard: Path, row: np.void, start: int, samples: int) -> np.ndarray
         with sf.SoundFile(io.BytesIO(data)) as flac:
             flac.seek(start)
             audio = flac.read(samples, dtype="int16")
-    except (OSError, sf.LibsndfileError) as error:
-        raise DamagedMember(shard, member_name(shard, row), str(error)) from error
+    except OSError as error:
+        raise DamagedMember(shard, member_name(shard, row), error.strerror or str(error)) from error
+    except sf.LibsndfileError as error:
+        raise DamagedMember(shard, member_name(shard, row), f"damaged flac: {error.error_string}") from error
     if audio.shape != (samples,):
         reason = f"decoded to shape {audio.shape}, wanted ({samples},)"
         raise DamagedMember(shard, member_name(shard, row), reason)

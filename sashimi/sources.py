@@ -153,8 +153,7 @@ def _by_fractions(names: list[str], config: SourceConfig) -> dict[str, str]:
     for name in names:
         groups.setdefault(_group(name, config.group_by), []).append(name)
     train, valid, _ = config.fractions
-    # 1e-6: 88 % + 6 % of 50 is 47, not the 46.999… that binary fractions make of it
-    bounds = [int(len(names) * percent / 100 + 1e-6) for percent in (train, train + valid)]
+    bounds = [int(len(names) * percent / 100) for percent in (train, train + valid)]
     splits: dict[str, str] = {}
     for members in groups.values():
         place = len(splits)

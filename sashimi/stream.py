@@ -6,8 +6,11 @@ holds and where that segment lies is arithmetic (`order`, `Grid`), and reading i
 part of every global batch, so the loader must not be handed to `Accelerator.prepare`, which would divide it again.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +28,7 @@ from sashimi.order import (
     rank_positions,
     segment_at,
 )
-from sashimi.shards import DamagedMember, Split, open_split
+from sashimi.shards import DamagedMember, Split, open_split, read_manifest
 
 INT16_FULL_SCALE = 32768.0
 FILLER = -1  # segment id of a row that is there only so that all ranks have equal batches
@@ -252,13 +255,18 @@ class TrainingData:
         world_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        """`batch_size` is global, `micro_batch` a rank's rows at once (0: all of its rows). See `train_batches`."""
+        """`batch_size` is global, `micro_batch` a rank's rows at once (0: all of its rows). See `train_batches`.
+
+        `fingerprint` tells the training shards' content, wherever they lie.
+        """
         self.data, self.audio, self.seed, self.batch_size = data, audio, seed, batch_size
         self.accumulation = accumulation_steps(batch_size, micro_batch, world_size)
         self.micro_batch = batch_size // (world_size * self.accumulation)
         self.place, self.pin_memory = (rank, world_size), pin_memory
         self.train = open_split(data.shards, "train")
         self.segments_per_epoch = n_segments(self.train, data)
+        packed = read_manifest(Path(data.shards))["splits"]["train"]["shards"]
+        self.fingerprint = hashlib.sha256(json.dumps([shard["sha256"] for shard in packed]).encode()).hexdigest()
         valid = open_split(data.shards, "valid")
         self.valid_batches = eval_batches(valid, data, audio, self.micro_batch, rank, world_size, pin_memory)
 

@@ -133,7 +133,12 @@ class Trainer:
         self.objective, self.optimizer = dist.prepare(Objective(model), self.raw_optimizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint, as if the run had never stopped."""
+        """Go on from a checkpoint, as if the run had never stopped. InputError if the shards hold other audio."""
+        if checkpoint.state["data"] != self.data.fingerprint:
+            raise InputError(
+                f"data.shards={self.data.data.shards}: not the shards that the checkpoint was trained on; name those, "
+                "or start another run from its weights with --init-from and a new --name"
+            )
         load_weights(self.model, checkpoint.model, "checkpoint")
         restore_optimizer(self.raw_optimizer, self.model.named_parameters(), checkpoint.optimizer)
         if self.ema is not None:
@@ -144,31 +149,36 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint, and wait for it on every rank. A full disk is reported and the run goes on."""
+        with self.tracker.pause():
+            if self.dist.is_main:
+                self._write_checkpoint()
+            self.dist.barrier()
+
+    def _write_checkpoint(self) -> None:
         now = self.progress
-        if self.dist.is_main:
-            state = {
-                **now.to_json(),
-                "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
-                "loss_scale": self.dist.loss_scale,
-                "world_size": self.dist.world_size,
-                "mixed_precision": self.dist.precision,
-            }
-            try:
-                save_checkpoint(
-                    self.folder,
-                    now.step,
-                    self.model.state_dict(),
-                    optimizer_tensors(self.raw_optimizer, self.model.named_parameters()),
-                    state,
-                    self.run_config,
-                    None if self.ema is None else self.ema.module.state_dict(),
-                )
-                if now.best_step == now.step and now.best_bits is not None:
-                    write_best(self.folder.parent, now.step, now.best_bits)
-                prune(self.folder, self.config.keep_last, now.best_step)
-            except OSError as error:
-                self.tracker.note(f"step {now.step} is NOT SAVED: {error}; older checkpoints stand, the run goes on")
-        self.dist.barrier()
+        state = {
+            **now.to_json(),
+            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
+            "loss_scale": self.dist.loss_scale,
+            "data": self.data.fingerprint,
+            "world_size": self.dist.world_size,
+            "mixed_precision": self.dist.precision,
+        }
+        try:
+            save_checkpoint(
+                self.folder,
+                now.step,
+                self.model.state_dict(),
+                optimizer_tensors(self.raw_optimizer, self.model.named_parameters()),
+                state,
+                self.run_config,
+                None if self.ema is None else self.ema.module.state_dict(),
+            )
+            if now.best_step == now.step and now.best_bits is not None:
+                write_best(self.folder.parent, now.step, now.best_bits)
+            prune(self.folder, self.config.keep_last, now.best_step)
+        except OSError as error:
+            self.tracker.note(f"step {now.step} is NOT SAVED: {error}; older checkpoints stand, the run goes on")
 
     def train(self) -> bool:
         """Run to the last step, or until a signal asks to stop. Saves at the end. True if the run is complete.

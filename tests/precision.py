@@ -1,7 +1,7 @@
 """Watches the dtypes that reach the arithmetic, for law 5."""
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch

@@ -107,7 +107,7 @@ def test_config_refuses(fields: dict, message: str) -> None:
     ("name", "subtype"), [("x.wav", "PCM_16"), ("x.flac", "PCM_16"), ("x.wav", "FLOAT"), ("x.wav", "PCM_24")]
 )
 def test_16_bit_mono_is_read_exactly(tmp_path: Path, name: str, subtype: str) -> None:
-    """Whatever the container, block by block. Mutation: resample also at the target rate."""
+    """Whatever the container, block by block. Mutation: `len(block) < size` -> `<=`."""
     audio = np.random.default_rng(0).integers(-32768, 32768, 12345)
     sf.write(tmp_path / name, (audio / 32768).astype(np.float32), RATE, subtype)
     blocks = list(iter_audio(tmp_path / name, RATE, block_seconds=0.1))

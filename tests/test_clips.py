@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,10 +55,11 @@ def sample(model: Sashimi, folder: Path, config: SampleConfig = FIVE, ranks: int
         if len(reports) == kill_after:
             raise Killed
 
-    def wait() -> None:
-        barrier.wait(timeout=20)
-
     def run(rank: int) -> Summary | None:
+        def wait() -> None:
+            barrier.wait(timeout=20)
+            time.sleep(0.1 * rank)  # so that what is not behind a barrier does go wrong
+
         return sample_to_folder(model, "model", AUDIO, folder, config, rank, ranks, wait, on_progress=report)
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -79,9 +81,9 @@ def lines(folder: Path, name: str = "samples.jsonl") -> list[dict]:
 # --- laws 16 and 17
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_makes_the_same_folder(model: Sashimi, tmp_path: Path, ranks: int) -> None:
-    """Law 16. Mutations: in `missing`, `range(rank, config.clips)`; no barrier between work and `collect`."""
+    """Law 16. Mutations: in `missing`, `range(rank, config.clips)`; no barrier before the work, or none after it."""
     sample(model, tmp_path / "one")
     summary = sample(model, tmp_path / "many", ranks=ranks)
     assert summary.clips == summary.new_clips == 5

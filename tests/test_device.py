@@ -145,7 +145,5 @@ def test_training_step_stays_on_the_device() -> None:
         f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'tests')!r}]\n"
         "from test_device import train_each_recipe_on_board; train_each_recipe_on_board()"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

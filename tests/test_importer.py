@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pickle
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,8 +68,9 @@ def test_logits_equal_the_reference(
 ) -> None:
     """Through the tool and load_model, by convolution, recurrence and prefill, within 1e-4 (float32 and float64).
 
-    Mutations: drop `self.lengths[target] = ...` (C̃ taken for C); `"Q": shared("Q", modes, 2)` without `conjugate`;
-    drop the minus of v4's A_imag; drop either `.mT` of `_pools`; in legacy, UpPool instead of ShiftedFirst.
+    Mutations: return s4.C at once in `_untruncated` (C̃ taken for C); read Q, or seed796's C, without `conjugate`;
+    drop the minus of A_imag; drop any transposition of `_pools`; in legacy, UpPool for ShiftedFirst, S4Block for
+    UngatedFirst, or no change of `outer_skip`.
     """
     run_tool(monkeypatch, checkpoint_of(name), "--out", tmp_path / "model")
     assert "found: " in capsys.readouterr().out
@@ -238,7 +238,7 @@ OTHER_SIZES = {
 @pytest.mark.parametrize("case", OTHER_SIZES)
 @torch.no_grad()
 def test_original_of_other_sizes(case: str) -> None:
-    """Mutation: take `expand` from a constant, or `repeats = 1` for shared parameters."""
+    """Mutations: `expand=2` in `_infer`; `repeats = 1` in `_s4`."""
     config, copies, length = OTHER_SIZES[case]
     model = randomized(Sashimi(config), copies).eval()
     state = written_as_version_4(model, copies, length)
@@ -349,7 +349,7 @@ def test_wrappers_are_seen_through(tmp_path: Path) -> None:
 
 
 def test_conversion_is_pure() -> None:
-    """Neither the checkpoint nor the random numbers of the caller change."""
+    """Neither the checkpoint nor the random numbers of the caller change. Mutation: drop `fork_rng`."""
     state = read_checkpoint(V4)
     copies = {key: value.clone() for key, value in state.items()}
     before = torch.get_rng_state()
@@ -428,7 +428,7 @@ C0 = "model.c_layers.0.layer.layer.kernel."
 def test_tensors_that_do_not_fit(key: str, value: Tensor | None, message: str, tmp_path: Path) -> None:
     """The first key at odds with the rest is named, with the file, in one line.
 
-    Mutation: drop the check of `unread` in `finish`, or the comparison of shapes in `read`.
+    Mutations: drop the check of `unread` in `finish`; the comparison of shapes, or of finiteness, in `read`.
     """
     state = torch.load(V4, weights_only=True)
     if value is None:
@@ -468,4 +468,3 @@ def test_tool_answers_in_one_line(
     assert message in (line := capsys.readouterr().err)
     assert line.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    assert sys.argv[1:]

@@ -50,8 +50,8 @@ def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 
 def noise(samples: int, seed: int) -> np.ndarray:
-    """int16, -10 dBFS."""
-    return np.random.default_rng(seed).integers(-16000, 16000, samples).astype(np.int16)
+    """int16 of full scale."""
+    return np.random.default_rng(seed).integers(-32768, 32768, samples).astype(np.int16)
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_bad_file_is_left_out_and_moves_no_other(
 
 
 def test_bad_file_late_in_a_recording_leaves_nothing(tmp_path: Path, make: Callable[..., str]) -> None:
-    """Though its first chunks were written already. Mutation: drop `truncate` in `ShardWriter.add`."""
+    """Though its first chunks were written already. Mutation: drop `seek` in `ShardWriter.add`."""
     (tmp_path / "in").mkdir()
     for number in range(3):
         sf.write(tmp_path / f"in/{number}.flac", noise(20 * RATE, number), RATE)

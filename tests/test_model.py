@@ -15,7 +15,7 @@ from trained_like import relative, trained_like
 
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
-from sashimi.s4 import S4
+from sashimi.s4 import S4, S4State
 
 SMALL: dict[str, Any] = {"levels": 16, "d_model": 8, "n_layers": 2, "d_state": 8}
 ORIGINAL = {"norm": "scalar", "weight_norm": True}
@@ -284,24 +284,27 @@ def test_autocast_leaves_the_state_space_alone(recipe: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_autocast_generates(backbone: str) -> None:
-    """Law 5 for generation: under autocast, prefill and step keep every S4 state float32 and follow forward.
+    """Law 5 for generation: under autocast, scan, prefill and step keep every S4 state float32 and follow forward.
 
-    Mutation: in S4.step, `enabled=False` -> `enabled=True` (and the recurrence by matmul), or a state `.to(u.dtype)`.
+    Mutation: in S4.forward, `state._replace(x=x)` -> `state._replace(x=x.bfloat16())`.
     """
     sashimi, inputs = model(backbone, torch.float32), ids(60)
 
-    def states(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
+    def s4_states(value: Any) -> Iterator[S4State]:
+        if isinstance(value, S4State):
             yield value
         elif isinstance(value, tuple):
             for item in value:
-                yield from states(item)
+                yield from s4_states(item)
 
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        _, state = sashimi.prefill(inputs[:, :50], sashimi.init_state(2))
-        logits, state = sashimi.step(inputs[:, 50], state)
-    assert all(s.x.dtype == torch.float32 for s in state.tier.layers if s is not None)
-    assert all(t.isfinite().all() for t in states(state))
+        _, scanned = sashimi.prefill(inputs[:, :48], sashimi.init_state(2))
+        _, prefilled = sashimi.prefill(inputs[:, 48:50], scanned)
+        logits, stepped = sashimi.step(inputs[:, 50], prefilled)
+    for state in (scanned, prefilled, stepped):
+        layers = list(s4_states(state))
+        assert len(layers) == sum(isinstance(layer, S4) for layer in sashimi.modules())
+        assert all(layer.x.dtype == layer.recurrence.C.dtype == torch.float32 for layer in layers)
     with torch.no_grad():
         assert relative(logits, sashimi(inputs)[:, 50]) < 0.05
 
@@ -415,7 +418,7 @@ def test_stable_after_wild_training(recipe: str) -> None:
 def test_size_is_the_published_one(changes: dict[str, Any], expected: int) -> None:
     """The number of parameters of each published model (a complex one counts twice).
 
-    Mutation: in Tier.__init__, `config.expand**depth` -> `config.expand * depth`; or another default of ModelConfig.
+    Mutation: in S4.__init__, `copies = 1 if tie_state else d_model` -> `d_model`; or another default of ModelConfig.
     """
     with torch.device("meta"):
         sashimi = Sashimi(ModelConfig(**changes))

@@ -53,6 +53,8 @@ class Command:
     """The folder."""
     split: str = "test"
     """The split."""
+    dry_run: bool = False
+    """Only say what would be done."""
 
 
 def parse(*argv: str) -> Whole:
@@ -87,6 +89,13 @@ def test_a_field_without_a_default_is_positional() -> None:
         parsing.parse(Command, ["--split=valid"])
     with pytest.raises(InputError, match=r"^stray: no such field"):
         parsing.parse(Command, ["runs/x", "stray"])
+
+
+def test_the_name_of_a_switch_alone_is_yes() -> None:
+    """Mutation: an empty set in place of `_switches(config_class)`."""
+    assert parsing.parse(Command, ["runs/x", "--dry-run"]) == Command("runs/x", dry_run=True)
+    assert parsing.parse(Command, ["--dry-run", "runs/x"]) == Command("runs/x", dry_run=True)
+    assert parsing.parse(Command, ["runs/x", "--dry-run", "false"]) == Command("runs/x")
 
 
 def test_later_options_win(tmp_path: Path) -> None:

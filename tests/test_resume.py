@@ -4,9 +4,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import curve, metrics
 from safetensors.torch import load_file
+
+from sashimi.shards import write_split
 
 Train = Callable[..., list[dict]]
 KEEP = ("--train.keep_last", "10")
@@ -81,6 +84,20 @@ def test_what_may_not_change(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {message}")
     assert "--init-from" in error
+
+
+def test_shards_may_move_but_not_change(
+    train: Train, tiny_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the shards elsewhere will do; other audio will not. Mutation: a constant `fingerprint`."""
+    train("run", "--train.steps", "1")
+    moved = shutil.copytree(tiny_shards, tmp_path / "moved")
+    train("run", "--train.steps", "2", "--data.shards", str(moved))
+    other = write_split(tmp_path / "other", "train", {"a": np.ones(5000, np.int16)}, 8000)
+    write_split(other.folder, "valid", {"b": np.ones(500, np.int16)}, 8000)
+    with pytest.raises(SystemExit):
+        train("run", "--train.steps", "3", "--data.shards", str(other.folder))
+    assert "not the shards that the checkpoint was trained on" in capsys.readouterr().err
 
 
 def test_init_from_starts_at_the_other_runs_weights(train: Train, tmp_path: Path) -> None:

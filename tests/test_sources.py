@@ -33,7 +33,7 @@ def test_natural_order() -> None:
 
 @pytest.mark.parametrize("count", [50, 100, 133])
 def test_fractions_cut_the_sorted_files(tmp_path: Path, count: int) -> None:
-    """At ⌊88 %⌋ and ⌊94 %⌋ as in the original. Mutation: drop `+ 1e-6`, or sort by name alone."""
+    """At ⌊88 %⌋ and ⌊94 %⌋ as in the original. Mutation: `key=natural_key` -> no key."""
     touch(tmp_path, *(f"out{i}.wav" for i in range(count)))
     found = splits(tmp_path)
     bounds = (count * 88 // 100, count * 94 // 100)

@@ -14,8 +14,6 @@ from sashimi.reports import census_report
 from sashimi.shards import read_manifest, rebuild
 from sashimi.verifying import verify
 
-FLAGS = ("--rebuild-index",)
-
 
 @dataclass(frozen=True)
 class CheckConfig:
@@ -29,8 +27,7 @@ class CheckConfig:
 
 def main() -> None:
     """Rebuild if asked to, verify, print."""
-    argv = [f"{word}=true" if word in FLAGS else word for word in sys.argv[1:]]
-    config = parse(CheckConfig, argv, "check_shards.py", __doc__ or "")
+    config = parse(CheckConfig, sys.argv[1:], "check_shards.py", __doc__ or "")
     folder = Path(config.folder)
     if config.rebuild_index:
         rebuild(folder)

@@ -11,13 +11,10 @@ from sashimi.packing import PackConfig, is_packed, make_plan, pack
 from sashimi.parsing import parse
 from sashimi.reports import manifest_report, plan_report
 
-FLAGS = ("--dry-run", "--strict")
-
 
 def main() -> None:
     """Plan; then print the plan, or pack it and print what became of it."""
-    argv = [f"{word}=true" if word in FLAGS else word for word in sys.argv[1:]]
-    config = parse(PackConfig, argv, "make_shards.py", __doc__ or "")
+    config = parse(PackConfig, sys.argv[1:], "make_shards.py", __doc__ or "")
     plan = make_plan(config)
     if config.dry_run:
         print(plan_report(plan, config.sample_rate))
