@@ -1,1 +1,8 @@
 """Sashimi: raw-audio state-space models, trained and sampled on many GPUs."""
+
+from sashimi.audio import AudioConfig, Quantizer, write_wav
+from sashimi.checkpoint import load_model
+from sashimi.model import ModelConfig, Sashimi
+from sashimi.sampler import generate
+
+__all__ = ["AudioConfig", "ModelConfig", "Quantizer", "Sashimi", "generate", "load_model", "write_wav"]

@@ -135,10 +135,10 @@ class Distributed:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; what its user can mend (`InputError`) becomes one line on stderr and exit code 2."""
+    """Run a command; what its user can mend (bad input, a full disk) becomes one line on stderr and exit code 2."""
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         sys.exit(2)

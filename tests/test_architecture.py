@@ -46,7 +46,7 @@ ARROWS: dict[str, set[str]] = {
     "sampler": {"model"},
     "clips": {"atomic", "audio", "model", "sampler"},
     # the public names
-    "__init__": {"checkpoint", "sampler"},
+    "__init__": {"audio", "checkpoint", "model", "sampler"},
 }
 
 PROCESSES = {"accelerate", "deepspeed", "signal", "torch.distributed"}  # imported by distributed.py alone

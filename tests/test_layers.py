@@ -52,7 +52,7 @@ def s4_block(glu: bool) -> S4Block:
 
 @pytest.mark.parametrize("glu", [True, False])
 def test_s4_block_formula(glu: bool) -> None:
-    """S4 → GELU → Linear (→ GLU). Mutations: in mix, drop F.gelu; swap the GLU's halves (`y.flip(-1)`)."""
+    """S4 → GELU → Linear (→ GLU). Mutations: in mix, drop F.gelu; swap the GLU's halves."""
     block, u = s4_block(glu), signal(2, 50, H)
     y = F.gelu(block.s4(u)[0]) @ block.output.weight.T + block.output.bias
     expected = y[..., :H] * torch.sigmoid(y[..., H:]) if glu else y
@@ -113,7 +113,7 @@ def test_dropout_is_on_the_branch_in_training_alone() -> None:
 def test_down_pool_orders_features_by_channel(normalize_weight: bool) -> None:
     """Feature h·p + s of a block is channel h at its sample s, as in released checkpoints.
 
-    Mutation: in forward, `.mT` dropped (and step's transposed likewise: a consistent swap fails here alone).
+    Mutation: in step, `block.flatten(-2)` -> `block.mT.flatten(-2)` (forward and step agree, so only this test fails).
     """
     pool = trained_like(DownPool(H, EXPAND, POOL, normalize_weight).double())
     x = signal(2, 3 * POOL, H)

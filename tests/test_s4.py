@@ -75,7 +75,7 @@ def test_forward_carries_state(kind: str) -> None:
 
 
 def test_state_is_a_value() -> None:
-    """Neither step nor forward writes into the state it is given. Mutation: in step, `state.x.copy_(x)` before return."""
+    """Neither step nor forward writes into the state it is given. Mutation: in step, add `state.x.copy_(x)`."""
     s4, u = layer(), signal(10)
     with torch.no_grad():
         _, state = s4(u, s4.init_state(2))
@@ -95,7 +95,7 @@ def test_computes_in_float32(kind: str, autocast: torch.dtype | None, input_dtyp
     """Law 5: kernel, convolution, scan and step are float32 under autocast and for reduced inputs; only the result
     is cast, to the input's dtype.
 
-    Mutations: `enabled=False` -> `enabled=True` in forward, or in step; `u.to(self.D.dtype)` -> `u`.
+    Mutations: in forward, `enabled=False` -> `enabled=True`; in forward or step, `u.to(self.D.dtype)` -> `u`.
     """
     s4, u = layer(kind, torch.float32), signal(100).to(input_dtype)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_stable_after_wild_training(kind: str) -> None:
 def test_time_steps_start_log_uniform(transform: str) -> None:
     """dt is log-uniform in [dt_min, dt_max] under both transforms: its quartiles are those of the log range.
 
-    Mutation: in __init__, `ssm.softplus_inverse(log_dt.exp())` -> `log_dt`; or drop `math.log(dt_min) +`.
+    Mutations: in __init__, `ssm.softplus_inverse(log_dt.exp())` -> `log_dt`; drop `math.log(dt_min) +`.
     """
     torch.manual_seed(0)
     s4 = S4(4000, 2, dt_transform=transform, dt_min=0.01, dt_max=0.5)

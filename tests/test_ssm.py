@@ -66,19 +66,24 @@ def real_system(system: ssm.System) -> tuple[Tensor, Tensor]:
     return A, ssm.real_vector(system.B)
 
 
-def test_hippo_is_legs() -> None:
+@pytest.mark.parametrize("d_state", [2, 8, 64, 128])
+def test_hippo_is_legs(d_state: int) -> None:
     """The diagonalized system is HiPPO-LegS: its transfer function from B to √(n + ½) at several frequencies.
 
-    Mutations: in hippo_legs, `torch.full_like(frequency, -0.5)` -> `-1.0`; `V[:, d_state // 2 :]` -> `V[:, : d_state // 2]`.
+    Mutations: in hippo_legs, `torch.full_like(frequency, -0.5)` -> `-1.0`; `V[:, d_state // 2 :]` -> `V[:, : …]`.
     """
-    n = torch.arange(N, dtype=torch.float64)
+    n = torch.arange(d_state, dtype=torch.float64)
     B = torch.sqrt(2 * n + 1)
     A = -torch.tril(B[:, None] * B[None, :], diagonal=-1) - torch.diag(n + 1)
-    Lambda, P, B_modes = ssm.hippo_legs(N)
+    Lambda, P, B_modes = ssm.hippo_legs(d_state)
+    assert Lambda.shape == (d_state // 2,)
+    assert (Lambda.imag > 0).all()
     real_A, real_B = real_system(ssm.System(Lambda, P, P, B_modes, P, torch.ones(1)))
     for s in (0.1, 1.0, 10.0):
-        expected = torch.sqrt(n + 0.5) @ torch.linalg.solve(s * torch.eye(N) - A, B)
-        actual = ssm.real_functional(P.conj()) @ torch.linalg.solve(s * torch.eye(N) - real_A, real_B)
+        expected = torch.sqrt(n + 0.5) @ torch.linalg.solve(s * torch.eye(d_state, dtype=torch.float64) - A, B)
+        actual = ssm.real_functional(P.conj()) @ torch.linalg.solve(
+            s * torch.eye(d_state, dtype=torch.float64) - real_A, real_B
+        )
         assert abs(actual - expected) < 1e-10 * abs(expected)
 
 
@@ -269,7 +274,7 @@ def test_keops_without_compiler_says_so(tmp_path: Path) -> None:
 
 
 def test_keops_missing_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without PyKeOps the answer is one line that names the extra. Mutation: drop `except ModuleNotFoundError`."""
+    """Without PyKeOps the answer is one line that names the extra. Mutation: `if error.name not in …` -> `if True`."""
     monkeypatch.setenv("KEOPS_CACHE_FOLDER", str(tmp_path))
     monkeypatch.setitem(sys.modules, "pykeops", None)
     monkeypatch.delitem(sys.modules, "pykeops.torch", raising=False)
