@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from sashimi import atomic, legacy, parsing
+from sashimi import atomic, parsing
 from sashimi.errors import InputError
+from sashimi.foreign import legacy
 from sashimi.model import ModelConfig, Sashimi
 
 # What a resumed run must share with its checkpoint, and the exceptions: settings of speed and of the damage policy.

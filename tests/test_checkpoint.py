@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sashimi import checkpoint, legacy, parsing
+from sashimi import checkpoint, parsing
 from sashimi.audio import AudioConfig
 from sashimi.errors import InputError
+from sashimi.foreign import legacy
 from sashimi.model import ModelConfig, Sashimi
 
 MODEL = ModelConfig(d_model=4, n_layers=1, pool=(2,), d_state=4)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from conftest import command
 from torch import Tensor, nn
 
-from sashimi import legacy
 from sashimi.checkpoint import load_model
 from sashimi.errors import InputError
-from sashimi.importer import convert, import_checkpoint, read_checkpoint
+from sashimi.foreign import legacy
+from sashimi.foreign.importer import convert, import_checkpoint, read_checkpoint
 from sashimi.model import ModelConfig, Sashimi, Tier
 from sashimi.s4 import S4
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from sashimi.errors import InputError
-from sashimi.parallel import Report, run_jobs
+from sashimi.packing.parallel import Report, run_jobs
 
 SCRIPT = """
 import os, pathlib, sys, time
-from sashimi.parallel import run_jobs
+from sashimi.packing.parallel import run_jobs
 
 def job(number, report):
     pathlib.Path(sys.argv[1], str(os.getpid())).touch()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sashimi.errors import InputError
-from sashimi.sources import SourceConfig, find_sources, natural_key
+from sashimi.packing.sources import SourceConfig, find_sources, natural_key
 
 
 def touch(root: Path, *names: str) -> None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sashimi.distributed import run_command
+from sashimi.packing.report import census_report
+from sashimi.packing.verify import verify
 from sashimi.parsing import parse
-from sashimi.reports import census_report
 from sashimi.shards import read_manifest, rebuild
-from sashimi.verifying import verify
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Import: python tools/import_checkpoint.py SOURCE.pt --out FOLDER [--sample-rate 16000] [--quantizer mu-law-minmax].
 
-Turns a checkpoint of the original SaShiMi code, or of another that `sashimi.importer` knows, into a model folder, which
-sampling and evaluation take; training too (--init-from) if the model is stable by construction.
+Turns a checkpoint of the original SaShiMi code, or of another that `sashimi.foreign.importer` knows, into a model
+folder, which sampling and evaluation take; training too (--init-from) if the model is stable by construction.
 """
 
 import hashlib
@@ -14,9 +14,9 @@ from sashimi.audio import AudioConfig, QuantizerName
 from sashimi.checkpoint import save_model
 from sashimi.distributed import run_command
 from sashimi.errors import InputError
-from sashimi.importer import import_checkpoint
+from sashimi.foreign.importer import import_checkpoint
+from sashimi.foreign.translation import Imported
 from sashimi.parsing import parse, to_dict
-from sashimi.translation import Imported
 
 
 @dataclass(frozen=True)

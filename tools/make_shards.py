@@ -7,9 +7,9 @@ import sys
 
 from sashimi.distributed import run_command
 from sashimi.errors import InputError
-from sashimi.packing import PackConfig, is_packed, make_plan, pack
+from sashimi.packing.pack import PackConfig, is_packed, make_plan, pack
+from sashimi.packing.report import manifest_report, plan_report
 from sashimi.parsing import parse
-from sashimi.reports import manifest_report, plan_report
 
 
 def main() -> None:

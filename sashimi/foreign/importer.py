@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sashimi.errors import InputError
+from sashimi.foreign.translation import KNOWN, Imported, Translation, conjugate
 from sashimi.model import ModelConfig
-from sashimi.translation import KNOWN, Imported, Translation, conjugate
 
 _CONTAINERS = ("state_dict", "model_state")  # PyTorch Lightning; the student's
 _WRAPPERS = ("model.", "module.", "_orig_mod.")  # PyTorch Lightning, DistributedDataParallel, torch.compile

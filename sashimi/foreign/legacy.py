@@ -4,7 +4,7 @@
     seed796            a student re-implementation: complex modes without conjugates, other layers around them
 
 Shapes: **B** batch, **L** samples, **H** channels, **N** real state, N/2 complex modes.
-`sashimi.importer` fills them; `sashimi.load_model` finds them through `build`. Nothing else knows them.
+`sashimi.foreign.importer` fills them; `sashimi.load_model` finds them through `build`. Nothing else knows them.
 """
 
 from typing import Any, ClassVar, Self

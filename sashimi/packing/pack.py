@@ -26,10 +26,10 @@ from tqdm import tqdm
 from sashimi.atomic import MANIFEST, UNFINISHED, read_json, write_json
 from sashimi.audio import AudioFault, Header, iter_audio, read_header, to_int16
 from sashimi.errors import InputError
-from sashimi.parallel import run_jobs
+from sashimi.packing.parallel import run_jobs
+from sashimi.packing.sources import Source, SourceConfig, find_sources, parent_name
 from sashimi.shard_writer import ShardWriter
 from sashimi.shards import SPLITS, read_manifest, seal
-from sashimi.sources import Source, SourceConfig, find_sources, parent_name
 
 STATE = ".packing"  # folder within OUT, as long as packing is not done
 SILENT_PEAK = 3  # of 32768, or -81 dB of full scale

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sashimi import legacy
 from sashimi.errors import InputError
+from sashimi.foreign import legacy
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.s4 import S4
 

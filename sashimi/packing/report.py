@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sashimi.packing import BYTES_PER_SAMPLE, Plan
+from sashimi.packing.pack import BYTES_PER_SAMPLE, Plan
+from sashimi.packing.verify import Census
 from sashimi.shards import SPLITS
-from sashimi.verifying import Census
 
 
 def plan_report(plan: Plan, sample_rate: int) -> str:

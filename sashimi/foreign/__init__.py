@@ -1,0 +1,1 @@
+"""Models of other code: `importer` reads checkpoints, `translation` maps tensors, `legacy` runs what cannot train."""
