@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sashimi.shards import write_split
 
@@ -88,3 +90,15 @@ def launcher(processes: int) -> list[str]:
     config = str(ROOT / "launch/accelerate/cpu.yaml")
     count = ["--num_processes", str(processes), "--main_process_port", "0"]
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *count]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run. `-m soak` asks for the long trials."""
+    missing = {
+        "gpu": None if torch.cuda.is_available() else "no CUDA device here",
+        "slurm": None if shutil.which("slurmctld") else "slurmctld is not installed here",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

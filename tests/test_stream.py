@@ -302,7 +302,7 @@ def test_streams_leave_the_callers_random_state_alone(split: Split) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_batches_are_the_same_batches(split: Split, workers: int) -> None:
     """Mutation: in `_loader`, drop `pin_memory`."""

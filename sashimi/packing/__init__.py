@@ -1,1 +1,1 @@
-"""Recordings to shards: `sources` finds and divides files, `pack` plans and writes, `verify` checks, `report` prints."""
+"""Recordings to shards: `sources` finds and divides, `pack` plans and writes, `verify` checks, `report` prints."""
