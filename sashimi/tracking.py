@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torchaudio
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -201,15 +202,15 @@ def _step_of(line: bytes) -> int:
 MAGMA = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))  # dark to bright, RGB
 
 
-def spectrogram_image(clip: Tensor, window: int = 1024, max_width: int = 1024) -> Tensor:
-    """A picture of `clip`, (L,) float in [-1, 1]: (3, window / 2, T) uint8, low notes below, T at most `max_width` + 1.
+def spectrogram_image(clip: Tensor, window: int = 512, width: int = 512) -> Tensor:
+    """A picture of `clip`, (L,) float in [-1, 1]: (3, window / 2, about `width`) uint8, low notes below.
 
     Colours run from -80 dB (dark) to 0 dB, a full-scale sine (bright), so pictures of different steps compare.
     """
-    hann = torch.hann_window(window)
-    hop = max(window // 4, math.ceil(len(clip) / max_width))
-    spectrum = torch.stft(clip, window, hop, window=hann, pad_mode="constant", return_complex=True).abs()
-    level = 20 * torch.log10(spectrum[1:].flip(0) / (hann.sum() / 2) + 1e-10)
+    hop = max(1, math.ceil(len(clip) / width))
+    spectrogram = torchaudio.transforms.Spectrogram(window, hop_length=hop, power=1, pad_mode="constant")
+    amplitude = spectrogram(clip)[1:].flip(0) / (window / 4)  # a Hann window halves the sum, and a sine its amplitude
+    level = 20 * torch.log10(amplitude + 1e-10)
     place = (level / 80 + 1).clamp(0, 1) * (len(MAGMA) - 1)
     below = place.floor().clamp(max=len(MAGMA) - 2).long()
     colours = torch.tensor(MAGMA, dtype=torch.float32)
