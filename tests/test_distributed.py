@@ -36,11 +36,14 @@ def assert_close(actual: list[dict], expected: list[dict], rel: float) -> None:
 
 
 def test_ranks_train_as_one(runs: Path) -> None:
-    """Laws 7 and 13: two ranks with unequal masks, two micro-batches each, give one process's curve.
+    """Laws 7 and 13: two ranks with unequal masks, two micro-batches each, give one process's losses and gradients.
 
     Mutations: drop `* self.world_size` in `Distributed.backward`; divide by this rank's own `scored`.
     """
-    assert_close(metrics(runs / "ranks-2"), metrics(runs / "ranks-1"), rel=1e-6)
+    two, one = metrics(runs / "ranks-2"), metrics(runs / "ranks-1")
+    assert_close(two, one, rel=1e-6)
+    norms = [[line["train/grad_norm"] for line in lines if "train/grad_norm" in line] for lines in (two, one)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # AdamW would hide gradients of another scale
 
 
 def test_two_ranks_resume_bit_equal(runs: Path, tiny_shards: Path) -> None:
