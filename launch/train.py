@@ -42,43 +42,33 @@ def main() -> None:
     batch = (config.train.batch_size, config.train.micro_batch)
     place = (dist.rank, dist.world_size, dist.device.type == "cuda")
     data = TrainingData(config.data, config.audio, config.seed, *batch, *place)
+    settings = (config.train, config.optim, config.seed, to_dict(config))
+    trainer = Trainer(dist, model.to(dist.device), data, *settings, checkpoints)
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    if config.dry_run:
+        note(trainer.rehearse())
+        return dist.close()
 
-    start = checkpoint.step if checkpoint else 0
-    dist.barrier()  # every rank has read its checkpoint before anything in the run folder moves
-    if dist.is_main and not config.dry_run:
+    dist.barrier()  # every rank has read its checkpoint, and none refused it: now the run folder may change
+    if dist.is_main:
+        start = trainer.progress.step
         rewind(checkpoints, start, note)
         tracker = RunTracker(config.folder, config.track, start, config.train.steps, data.segments_per_epoch)
         save_config(config, config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
 
     def listen(model: nn.Module, step: int) -> None:
-        if dist.is_main and config.track.audio_every and step % config.track.audio_every == 0:
+        track, rate = config.track, config.audio.sample_rate
+        if dist.is_main and track.audio_every and step % track.audio_every == 0:
             with tracker.pause():
-                samples = round(config.track.audio_seconds * config.audio.sample_rate)
-                ids = generate(model, samples, clips=range(config.track.audio_clips), seed=config.seed)
-                tracker.audio(step, Quantizer(config.audio).decode(ids), config.audio.sample_rate)
+                ids = generate(model, round(track.audio_seconds * rate), range(track.audio_clips), seed=config.seed)
+                tracker.audio(step, Quantizer(config.audio).decode(ids), rate)
 
-    trainer = Trainer(
-        dist,
-        model.to(dist.device),
-        folder=checkpoints,
-        run_config=to_dict(config),
-        config=config.train,
-        optim=config.optim,
-        seed=config.seed,
-        data=data,
-        tracker=tracker,
-        listen=listen,
-    )
-    if checkpoint is not None:
-        trainer.restore(checkpoint)
-    if config.dry_run:
-        note(trainer.rehearse())
-    else:
-        with dist.stop_signals():
-            complete = trainer.train()
-        note(f"{'done' if complete else 'stopped by a signal; go on with --resume auto'}: {config.folder}")
+    with dist.stop_signals():
+        complete = trainer.train(tracker, listen)
     tracker.close()
+    note(f"{'done' if complete else 'stopped by a signal; go on with --resume auto'}: {config.folder}")
     dist.close()
 
 

@@ -105,27 +105,24 @@ class Trainer:
         self,
         dist: Distributed,
         model: nn.Module,
-        *,
-        folder: Path,
-        run_config: dict[str, Any],
+        data: TrainingData,
         config: TrainConfig,
         optim: OptimConfig,
         seed: int,
-        data: TrainingData,
-        tracker: Tracker,
-        listen: Callable[[nn.Module, int], None],
+        run_config: dict[str, Any],
+        folder: Path,
     ) -> None:
         """Args:
         dist: this process among the others.
         model: on `dist.device`, not prepared.
-        folder: of checkpoints, runs/NAME/checkpoints; run_config: the whole config as JSON, saved beside the weights.
         data: this rank's share of the training and validation splits.
-        tracker: where scalars go; a silent one on other ranks.
-        listen: generates and logs audio of the given model at a step, as often as it likes; called on every rank.
+        seed: of dropout.
+        run_config: the whole config as JSON, saved beside the weights.
+        folder: of checkpoints, runs/NAME/checkpoints.
         """
-        self.dist, self.model, self.folder, self.run_config = dist, model, folder, run_config
-        self.config, self.optim, self.seed, self.data = config, optim, seed, data
-        self.tracker, self.listen = tracker, listen
+        self.dist, self.model, self.data = dist, model, data
+        self.config, self.optim, self.seed, self.run_config = config, optim, seed, run_config
+        self.folder, self.tracker = folder, Tracker()
         self.progress = Progress()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = build_ema(model, optim.ema) if optim.ema else None
@@ -180,12 +177,15 @@ class Trainer:
         except OSError as error:
             self.tracker.note(f"step {now.step} is NOT SAVED: {error}; older checkpoints stand, the run goes on")
 
-    def train(self) -> bool:
+    def train(self, tracker: Tracker, listen: Callable[[nn.Module, int], None] = lambda model, step: None) -> bool:
         """Run to the last step, or until a signal asks to stop. Saves at the end. True if the run is complete.
 
+        `tracker` takes scalars, and is a silent one on other ranks than the main one. `listen` is given the model that
+        validation uses after every step, on every rank, to generate and log audio when it likes.
         Raises `InputError` after saving nothing if the loss is not finite `max_bad_steps` times in a row, and after
         saving if a segment cannot be decoded and that is fatal.
         """
+        self.tracker = tracker
         if self.progress.step == 0:
             self.validate()
         batches = self.data.batches(self.progress.position)
@@ -208,7 +208,7 @@ class Trainer:
             self.step(micro_batches, int(count))
             step = self.progress.step
             improved = (step % self.config.valid_every == 0 or step == self.config.steps) and self.validate()
-            self.listen(self.model if self.ema is None else self.ema.module, step)
+            listen(self.model if self.ema is None else self.ema.module, step)
             if improved or step % self.config.save_every == 0 or step == self.config.steps:
                 self.save()
                 saved = step

@@ -74,13 +74,15 @@ def test_retention(train: Train, tmp_path: Path) -> None:
     ],
 )
 def test_what_may_not_change(
-    train: Train, capsys: pytest.CaptureFixture[str], change: tuple[str, ...], message: str
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, ...], message: str
 ) -> None:
     """One line names the field and offers --init-from. Mutation: an empty FIXED_ON_RESUME."""
-    train("run", "--train.steps", "1")
+    train("run", "--train.steps", "3")
+    before = (tmp_path / "runs/run/metrics.jsonl").read_text()
     capsys.readouterr()
     with pytest.raises(SystemExit):
         train("run", *change)
+    assert (tmp_path / "runs/run/metrics.jsonl").read_text() == before
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {message}")
     assert "--init-from" in error
@@ -97,6 +99,7 @@ def test_shards_may_move_but_not_change(
     write_split(other.folder, "valid", {"b": np.ones(500, np.int16)}, 8000)
     with pytest.raises(SystemExit):
         train("run", "--train.steps", "3", "--data.shards", str(other.folder))
+    assert len(curve(metrics(tmp_path / "runs/run"))) == 5
     assert "not the shards that the checkpoint was trained on" in capsys.readouterr().err
 
 

@@ -31,14 +31,12 @@ def trainer(tiny_shards: Path, tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(
             Distributed(),
             Sashimi(ModelConfig(d_model=8, n_layers=1)),
-            folder=tmp_path / "checkpoints",
-            run_config={},
-            config=TrainConfig(**settings),
-            optim=OptimConfig(schedule="constant", ema=ema),
+            TrainingData(data, AudioConfig(8000), 0, 4, micro_batch),
+            TrainConfig(**settings),
+            OptimConfig(schedule="constant", ema=ema),
             seed=0,
-            data=TrainingData(data, AudioConfig(8000), 0, 4, micro_batch),
-            tracker=Tracker(),
-            listen=lambda model, step: None,
+            run_config={},
+            folder=tmp_path / "checkpoints",
         )
 
     return make
@@ -56,8 +54,8 @@ def test_accumulation_equals_one_batch(trainer: Callable[..., Trainer]) -> None:
     whole, pieces = trainer(4), trainer(1)
     batch = next(whole.data.batches(0))
     assert len(set(batch.mask.sum(1).tolist())) > 1
-    whole.train()
-    pieces.train()
+    whole.train(Tracker())
+    pieces.train(Tracker())
     assert torch.allclose(weights(whole), weights(pieces), rtol=0, atol=1e-5)
 
 
@@ -128,7 +126,7 @@ def test_evaluate_scores_every_segment_once(trainer: Callable[..., Trainer]) -> 
 def test_validation_uses_averaged_weights(trainer: Callable[..., Trainer]) -> None:
     """With EMA on, validation is of the average. Mutation: `validate` always takes self.objective."""
     subject = trainer(4, ema=0.9)
-    subject.train()
+    subject.train(Tracker())
     assert subject.ema is not None
     nats, count, _ = evaluate(Objective(subject.ema.module), subject.data.valid_batches, subject.dist)
     best = subject.progress.best_bits
