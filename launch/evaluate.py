@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sashimi.audio import AudioConfig
-from sashimi.checkpoint import find_model_folder, load_model, load_model_folder
+from sashimi.checkpoint import find_model_folder, load_model, read_config
 from sashimi.distributed import Distributed, run_command
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample
 from sashimi.parsing import build, parse
 from sashimi.shards import open_split
-from sashimi.stream import DataConfig, eval_batches
+from sashimi.stream import DataConfig, Place, eval_batches
 from sashimi.trainer import Objective, evaluate
 
 
@@ -39,18 +39,19 @@ def main() -> None:
     config = parse(EvaluateConfig, sys.argv[1:], "evaluate.py", "Bits per sample of a model on a split, as JSON.")
     dist = Distributed()
     folder = find_model_folder(Path(config.model))
-    saved = load_model_folder(folder)[1]
+    saved = read_config(folder)
     if config.data is None and "data" not in saved:
         raise InputError(f"{folder}: does not say what it was trained on; name the shards with --data")
     data = build(DataConfig, saved.get("data", {}), str(folder))
     data = replace(data, shards=config.data or data.shards, segment=config.segment or data.segment)
     audio = build(AudioConfig, saved["audio"], str(folder))
     split = open_split(data.shards, config.split)
-    batches = eval_batches(
-        split, data, audio, config.batch_size, dist.rank, dist.world_size, dist.device.type == "cuda"
-    )
+    place = Place(dist.rank, dist.world_size, dist.device.type == "cuda")
+    batches = eval_batches(split, data, audio, config.batch_size, place)
     model = load_model(folder, dist.device)
     nats, count, faults = evaluate(Objective(model), batches, dist)
+    if not count:
+        raise InputError(f"{data.shards}: not one segment of split {config.split} can be decoded; pack it again")
     if dist.is_main:
         result = {
             "bits_per_sample": bits_per_sample(nats, count),

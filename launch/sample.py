@@ -6,9 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sashimi.atomic import read_json
 from sashimi.audio import AudioConfig
-from sashimi.checkpoint import find_model_folder, load_model
+from sashimi.checkpoint import find_model_folder, load_model, read_config
 from sashimi.clips import Progress, SampleConfig, sample_to_folder
 from sashimi.distributed import Distributed, run_command
 from sashimi.parsing import build, parse
@@ -34,10 +33,10 @@ def main() -> None:
     """Load, generate on all ranks, report on one."""
     about = "Generate clips of audio into a folder. A command that was cut short goes on when repeated."
     config = parse(Command, sys.argv[1:], "sample.py", about)
-    dist = Distributed()
+    dist = Distributed(timeout_minutes=7 * 24 * 60)  # a rank may have a whole batch less to do than another
     folder = find_model_folder(Path(config.model))
     model = load_model(folder, dist.device)
-    audio = build(AudioConfig, read_json(folder / "config.json")["audio"], str(folder))
+    audio = build(AudioConfig, read_config(folder)["audio"], str(folder))
     run = folder.parents[1] if folder.parent.name == "checkpoints" else Path()
     out = Path(config.out) if config.out else run / "samples"
     if dist.is_main and (idle := dist.world_size - config.batches) > 0:
@@ -53,8 +52,9 @@ def main() -> None:
     form = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
     pause = 0.1 if sys.stderr.isatty() else 30
     with tqdm(total=1, bar_format=form, mininterval=pause, miniters=0, delay=1, disable=not dist.is_main) as bar:
-        command = model, str(folder), audio, out, config
-        done = sample_to_folder(*command, dist.rank, dist.world_size, dist.barrier, on_progress=show)
+        done = sample_to_folder(
+            model, str(folder), audio, out, config, dist.rank, dist.world_size, dist.barrier, on_progress=show
+        )
     if done is not None:
         kept = "" if done.kept is None else f", {done.kept} of them in kept.jsonl"
         print(f"{out}: {done.clips} clips{kept}; {done.new_clips} are new, {speed(done.samples_per_second)}")

@@ -1,6 +1,7 @@
 """Train: accelerate launch launch/train.py --config launch/recipes/NAME.yaml [--any.field value] [--dry-run]."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,11 +10,11 @@ from torch import nn
 from sashimi.audio import Quantizer
 from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, load_model_folder, load_weights, rewind
 from sashimi.config import adopt_model, parse_run_config, save_config
-from sashimi.distributed import Distributed, run_command
+from sashimi.distributed import Distributed, ignore_stop_signals, run_command
 from sashimi.model import Sashimi
 from sashimi.parsing import to_dict
 from sashimi.sampler import generate
-from sashimi.stream import TrainingData
+from sashimi.stream import Place, TrainingData
 from sashimi.tracking import RunTracker, Tracker
 from sashimi.trainer import Trainer
 
@@ -24,9 +25,9 @@ def main() -> None:
     dist = Distributed()
     tracker = Tracker()
     note = tracker.note if dist.is_main else lambda text: None
-
     checkpoints, checkpoint, weights = config.folder / "checkpoints", None, None
-    if found := None if config.dry_run else find_resume(checkpoints, config.resume, note):
+    found = find_resume(checkpoints, config.resume, note) if dist.is_main and not config.dry_run else None
+    if found := dist.from_main(found):
         checkpoint = load_checkpoint(found)
         if config.init_from:
             config = adopt_model(config, checkpoint.config, str(found))
@@ -34,14 +35,15 @@ def main() -> None:
     elif config.init_from:
         weights, folder_config = load_model_folder(Path(config.init_from))
         config = adopt_model(config, folder_config, config.init_from)
+        note(f"model, quantizer and bits are those of {config.init_from}, whatever the recipe says")
 
     torch.manual_seed(config.seed)
     model = Sashimi(config.model)
     if weights is not None:
         load_weights(model, weights, str(config.init_from))
-    batch = (config.train.batch_size, config.train.micro_batch)
-    place = (dist.rank, dist.world_size, dist.device.type == "cuda")
-    data = TrainingData(config.data, config.audio, config.seed, *batch, *place)
+    place = Place(dist.rank, dist.world_size, dist.device.type == "cuda", ignore_stop_signals)
+    batches = (config.train.batch_size, config.train.micro_batch)
+    data = TrainingData(config.data, config.audio, config.seed, *batches, place)
     settings = (config.train, config.optim, config.seed, to_dict(config))
     trainer = Trainer(dist, model.to(dist.device), data, *settings, checkpoints)
     if checkpoint is not None:
@@ -52,18 +54,19 @@ def main() -> None:
 
     dist.barrier()  # every rank has read its checkpoint, and none refused it: now the run folder may change
     if dist.is_main:
-        start = trainer.progress.step
-        rewind(checkpoints, start, note)
-        tracker = RunTracker(config.folder, config.track, start, config.train.steps, data.segments_per_epoch)
-        save_config(config, config.folder / "config.yaml")
+        lengths = (config.train.steps, data.segments_per_epoch)
+        tracker = RunTracker(config.folder, config.track, trainer.state.step, *lengths)
+        rewind(checkpoints, trainer.state.step, note)
+        save_config(replace(config, resume="auto"), config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
 
     def listen(model: nn.Module, step: int) -> None:
         track, rate = config.track, config.audio.sample_rate
-        if dist.is_main and track.audio_every and step % track.audio_every == 0:
+        if track.audio_every and step % track.audio_every == 0:
             with tracker.pause():
-                ids = generate(model, round(track.audio_seconds * rate), range(track.audio_clips), seed=config.seed)
-                tracker.audio(step, Quantizer(config.audio).decode(ids), rate)
+                own, samples = range(dist.rank, track.audio_clips, dist.world_size), round(track.audio_seconds * rate)
+                ids = [generate(model, samples, [i], seed=config.seed)[0] for i in own]
+                tracker.audio(step, dist.gather([Quantizer(config.audio).decode(clip) for clip in ids]), rate)
 
     with dist.stop_signals():
         complete = trainer.train(tracker, listen)

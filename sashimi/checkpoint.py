@@ -110,6 +110,11 @@ def best_step(run: Path) -> int | None:
 # ---- reading
 
 
+def has_checkpoint(folder: Path, step: int) -> bool:
+    """Whether `folder` holds a checkpoint of that step."""
+    return step in dict(_steps(folder))
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint, checksums verified. InputError naming the file and the fault if it is damaged."""
     _require_whole(folder)
@@ -129,9 +134,9 @@ def find_resume(folder: Path, resume: str, log: Callable[[str], None]) -> Path |
     """The checkpoint to go on from, or None for a run that starts. `folder` is runs/NAME/checkpoints.
 
     "auto": the newest whole checkpoint; what it passes over is logged. None only if there is no checkpoint at all.
-    "never": always None. Any other value is the path of a checkpoint. InputError if that one is damaged, if
-    checkpoints exist and none is whole, and if "never" would write over existing ones: nothing starts from scratch
-    beside a run's checkpoints.
+    "never": always None. Any other value is the path of one of the run's own checkpoints. InputError if that one is
+    damaged, if checkpoints exist and none is whole, and if "never" would write over existing ones: nothing starts
+    from scratch beside a run's checkpoints.
     """
     existing = _steps(folder)
     if resume == "never":
@@ -142,6 +147,11 @@ def find_resume(folder: Path, resume: str, log: Callable[[str], None]) -> Path |
             )
         return None
     if resume != "auto":
+        if Path(resume).resolve() not in {path.resolve() for _, path in existing}:
+            raise InputError(
+                f"resume={resume}: is not a checkpoint of this run; choose one of {folder}/step-XXXXXXXX, "
+                "--resume auto for the newest, or --init-from for the weights of another run"
+            )
         _require_whole(Path(resume), "choose a runs/NAME/checkpoints/step-XXXXXXXX, or --resume auto for the newest")
         return Path(resume)
     for _, path in existing:
@@ -216,15 +226,21 @@ def find_model_folder(path: Path) -> Path:
     raise InputError(f"{path}: no config.json and no checkpoints; give a model folder, a checkpoint or a run folder")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's config.json: objects "model" and "audio", and more. InputError if it is not that."""
+    config = atomic.read_json(folder / "config.json")
+    for key in ("model", "audio"):
+        if not isinstance(config.get(key), dict):
+            raise InputError(f'{folder / "config.json"}: "{key}" is missing or not an object')
+    return config
+
+
 def load_model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights (averaged ones, if there) and config ("model", "audio", ...) of what `find_model_folder` finds."""
     folder = find_model_folder(path)
     if (folder / atomic.MANIFEST).exists():
         _require_whole(folder)
-    config = atomic.read_json(folder / "config.json")
-    for key in ("model", "audio"):
-        if not isinstance(config.get(key), dict):
-            raise InputError(f'{folder / "config.json"}: "{key}" is missing or not an object')
+    config = read_config(folder)
     ema = folder / "ema.safetensors"
     return _read_safetensors(ema if ema.exists() else folder / "model.safetensors"), config
 

@@ -5,6 +5,7 @@ are not given to Accelerate: it would divide the data again, step the schedule o
 """
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -12,18 +13,21 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
+    broadcast_object_list,
     gather_object,
 )
 from torch import Tensor, nn
 
 from sashimi.errors import InputError
+
+T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -41,6 +45,8 @@ class Distributed:
                 InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
             ],
         )
+        # ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the argument, and backward() would divide by it.
+        self.accelerator.gradient_accumulation_steps = 1
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.device = self.accelerator.device
@@ -49,7 +55,7 @@ class Distributed:
         self.stop_requested = False
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """DDP (or the launcher's DeepSpeed) around the module, autocast in its forward, fp16's loss scaling."""
+        """DDP around the module, autocast in its forward, fp16's loss scaling in the optimizer."""
         return self.accelerator.prepare(module, optimizer)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -97,9 +103,13 @@ class Distributed:
         torch.distributed.all_reduce(vector)
         return vector.tolist()
 
-    def gather(self, lines: list[str]) -> list[str]:
-        """Every rank's lines, in order of rank, on every rank."""
-        return gather_object(lines)
+    def gather(self, values: list[T]) -> list[T]:
+        """Every rank's values, in order of rank, on every rank."""
+        return gather_object(values)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value, on every rank."""
+        return broadcast_object_list([value])[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -129,9 +139,14 @@ class Distributed:
         """Bytes: the most that the device has held, or the process where there is no device."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        import resource
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def ignore_stop_signals(worker: int) -> None:
+    """What a loader's worker does first: a signal to the whole job is for the trainer, which saves and ends them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def run_command(main: Callable[[], None]) -> None:

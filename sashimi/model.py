@@ -285,7 +285,7 @@ class Sashimi(nn.Module):
     def prefill(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
         """Take in a prompt: by convolution where the total pooling divides, by `step` for the rest.
 
-        inputs: (B, L) int64, L >= 1 -> logits after the last sample (B, V). Memory does not grow with L.
+        inputs: (B, L) int64, L >= 1 -> logits after the last sample (B, V). Pieces bound the memory of long prompts.
         """
         total = self.config.total_pool
         head = min(-state.phase % total, inputs.shape[1])
@@ -295,8 +295,8 @@ class Sashimi(nn.Module):
             logits, state = self.step(sample, state)
         piece = max(_SCAN_PIECE // total, 1) * total
         for start in range(head, aligned, piece):
-            scanned, state = self.scan(inputs[:, start : min(start + piece, aligned)], state)
-            logits = scanned[:, -1]
+            x, tier = self.tier(self.embedding(inputs[:, start : min(start + piece, aligned)]), state.tier)
+            logits, state = self.head(self.norm(x[:, -1])), SashimiState(tier, 0)
         for sample in inputs[:, aligned:].unbind(1):
             logits, state = self.step(sample, state)
         if logits is None:

@@ -73,7 +73,7 @@ def _normalized(argv: Sequence[str], switches: set[str]) -> list[str]:
         words += [f"[{','.join(values)}]"] if numbers and len(values) > 1 else values
     words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
     return [
-        f"{word}=true" if word.removeprefix("--") in switches and after.lower() not in ("true", "false") else word
+        f"{word}=true" if word[:2] == "--" and word[2:] in switches and after.lower() not in ("true", "false") else word
         for word, after in itertools.zip_longest(words, words[1:], fillvalue="")
     ]
 

@@ -8,7 +8,7 @@ part of every global batch, so the loader must not be handed to `Accelerator.pre
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -52,7 +52,8 @@ class DataConfig:
     prefetch: int = 4
     """Micro-batches that each worker prepares ahead."""
     on_damage: Literal["mask", "fatal"] = "mask"
-    """A segment that cannot be decoded: `mask` trains on without it and reports it; `fatal` saves and stops the run."""
+    """A segment that cannot be decoded: `mask` goes on without it and reports it; `fatal`, for the segments trained
+    on, saves and stops the run."""
 
     def __post_init__(self) -> None:
         if not self.shards:
@@ -82,6 +83,20 @@ class Batch(NamedTuple):
     """(B,) int64; FILLER in filler rows."""
     faults: tuple[str, ...]
     """A line for each segment that could not be decoded: shard, member, reason, segment."""
+
+
+class Place(NamedTuple):
+    """This process among those that share the reading."""
+
+    rank: int = 0
+    world_size: int = 1
+    pin_memory: bool = False
+    """Put batches where a GPU copies them from at once."""
+    init_worker: Callable[[int], None] | None = None
+    """What each background worker does first, with its number."""
+
+
+ALONE = Place()
 
 
 class Cuts(NamedTuple):
@@ -195,9 +210,7 @@ def train_batches(
     position: int,
     batch_size: int,
     micro_batch: int | None,
-    rank: int,
-    world_size: int,
-    pin_memory: bool = False,
+    place: Place = ALONE,
 ) -> Iterator[Batch]:
     """This rank's micro-batches from `position` (segments consumed so far by all ranks) on, without end.
 
@@ -205,16 +218,16 @@ def train_batches(
     Batches straddle epochs and nothing is dropped. To start at position 10,000,000 costs what position 0 costs.
     Raises InputError if batch_size does not divide.
     """
-    accumulation = accumulation_steps(batch_size, micro_batch, world_size)
-    micro_batch = batch_size // (world_size * accumulation)
+    accumulation = accumulation_steps(batch_size, micro_batch, place.world_size)
+    micro_batch = batch_size // (place.world_size * accumulation)
 
     def positions() -> Iterator[Int64s]:
         start = position
         while True:
-            yield from rank_positions(start, micro_batch, accumulation, rank, world_size)
+            yield from rank_positions(start, micro_batch, accumulation, place.rank, place.world_size)
             start += batch_size
 
-    return iter(_loader(Segments(split, data, audio, seed), positions(), pin_memory))
+    return iter(_loader(Segments(split, data, audio, seed), positions(), place))
 
 
 def eval_batches(
@@ -222,9 +235,7 @@ def eval_batches(
     data: DataConfig,
     audio: AudioConfig,
     batch_size: int,
-    rank: int,
-    world_size: int,
-    pin_memory: bool = False,
+    place: Place = ALONE,
 ) -> DataLoader[Batch]:
     """Each segment of the split once over all ranks, in batches of `batch_size` rows a rank.
 
@@ -235,10 +246,10 @@ def eval_batches(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size}: give at least 1 segment a rank")
     segments = Segments(split, data, audio, seed=None)
-    n_batches = -(-segments.grid.n_segments // (world_size * batch_size))
-    ids = np.arange(n_batches * batch_size, dtype=np.int64) * world_size + rank
+    n_batches = -(-segments.grid.n_segments // (place.world_size * batch_size))
+    ids = np.arange(n_batches * batch_size, dtype=np.int64) * place.world_size + place.rank
     ids[ids >= segments.grid.n_segments] = FILLER
-    return _loader(segments, ids.reshape(n_batches, batch_size), pin_memory)
+    return _loader(segments, ids.reshape(n_batches, batch_size), place)
 
 
 class TrainingData:
@@ -251,29 +262,27 @@ class TrainingData:
         seed: int,
         batch_size: int,
         micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        pin_memory: bool = False,
+        place: Place = ALONE,
     ) -> None:
         """`batch_size` is global, `micro_batch` a rank's rows at once (0: all of its rows). See `train_batches`.
 
-        `fingerprint` tells the training shards' content, wherever they lie.
+        `fingerprint` tells the content of both splits, wherever they lie.
         """
-        self.data, self.audio, self.seed, self.batch_size = data, audio, seed, batch_size
-        self.accumulation = accumulation_steps(batch_size, micro_batch, world_size)
-        self.micro_batch = batch_size // (world_size * self.accumulation)
-        self.place, self.pin_memory = (rank, world_size), pin_memory
+        self.data, self.audio, self.seed, self.batch_size, self.place = data, audio, seed, batch_size, place
+        self.accumulation = accumulation_steps(batch_size, micro_batch, place.world_size)
+        self.micro_batch = batch_size // (place.world_size * self.accumulation)
         self.train = open_split(data.shards, "train")
         self.segments_per_epoch = n_segments(self.train, data)
-        packed = read_manifest(Path(data.shards))["splits"]["train"]["shards"]
-        self.fingerprint = hashlib.sha256(json.dumps([shard["sha256"] for shard in packed]).encode()).hexdigest()
+        packed = read_manifest(Path(data.shards))["splits"]
+        checksums = [[shard["sha256"] for shard in packed[split]["shards"]] for split in ("train", "valid")]
+        self.fingerprint = hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
         valid = open_split(data.shards, "valid")
-        self.valid_batches = eval_batches(valid, data, audio, self.micro_batch, rank, world_size, pin_memory)
+        self.valid_batches = eval_batches(valid, data, audio, self.micro_batch, place)
 
     def batches(self, position: int) -> Iterator[Batch]:
         """This rank's micro-batches from `position` on, `accumulation` of them a step, without end."""
-        source = (self.train, self.data, self.audio, self.seed, position)
-        return train_batches(*source, self.batch_size, self.micro_batch, *self.place, self.pin_memory)
+        source = (self.train, self.data, self.audio, self.seed)
+        return train_batches(*source, position, self.batch_size, self.micro_batch, self.place)
 
     def describe(self, segment_id: int) -> str:
         """Names a segment of the train split for messages."""
@@ -295,7 +304,7 @@ def _describe(split: Split, recording: int, start: int, samples: int) -> str:
     return f"recording {split.recording_name(recording)}, samples {start}..{start + samples}"
 
 
-def _loader(segments: Segments, positions: Iterable[Int64s], pin_memory: bool) -> DataLoader[Batch]:
+def _loader(segments: Segments, positions: Iterable[Int64s], place: Place) -> DataLoader[Batch]:
     """One item of `positions` is one Batch, made by a background worker and delivered in order."""
     workers = segments.data.workers
     return DataLoader(
@@ -306,7 +315,8 @@ def _loader(segments: Segments, positions: Iterable[Int64s], pin_memory: bool) -
         num_workers=workers,
         prefetch_factor=segments.data.prefetch if workers else None,
         persistent_workers=workers > 0,
-        pin_memory=pin_memory,
+        pin_memory=place.pin_memory,
+        worker_init_fn=place.init_worker,
         generator=torch.Generator(),  # a loader draws a seed it never uses: not from the caller's generator
     )
 

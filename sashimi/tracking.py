@@ -4,11 +4,12 @@
 which keeps nothing.
 """
 
+import fcntl
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class TrackConfig:
     audio_every: int = 5000
     """Steps between generated clips in TensorBoard, made one sample at a time while training waits; 0 is never."""
     audio_clips: int = 4
-    """Number of clips generated each time, in one batch."""
+    """Number of clips generated each time, divided over the ranks."""
     audio_seconds: float = 1.0
     """Length of these clips in seconds; their cost grows with it."""
     progress_seconds: float = 30.0
@@ -62,8 +63,8 @@ class Tracker:
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Keep scalars now, under names such as "valid/bits"."""
 
-    def audio(self, step: int, clips: Tensor, sample_rate: int) -> None:
-        """Keep generated clips, (clips, L) float in [-1, 1], and their spectrograms."""
+    def audio(self, step: int, clips: Sequence[Tensor], sample_rate: int) -> None:
+        """Keep generated clips, each (L,) float in [-1, 1], and their spectrograms."""
 
     def text(self, name: str, text: str) -> None:
         """Keep a text, such as the config."""
@@ -89,6 +90,12 @@ class RunTracker(Tracker):
     ) -> None:
         self.config, self.total_steps, self.segments_per_epoch = config, total_steps, segments_per_epoch
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process trains this run; stop it, or take another --name") from None
+        self._full = False
         cut_back(folder / "metrics.jsonl", start_step)
         self._metrics = (folder / "metrics.jsonl").open("a")
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
@@ -119,7 +126,18 @@ class RunTracker(Tracker):
             self.note(f"step {step}/{self.total_steps}: {shown}, epoch {epoch:.2f}, ETA {eta}")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and as many TensorBoard scalars. What is not finite is null in JSON."""
+        """One line of metrics.jsonl and as many TensorBoard scalars. What is not finite is null in JSON.
+
+        Where the disk is full, the log has a gap and training goes on.
+        """
+        try:
+            self._write(step, scalars)
+        except OSError as error:
+            if not self._full:
+                self.note(f"step {step} is NOT LOGGED, nor will be others: {error}")
+            self._full = True
+
+    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         self._metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
         self._metrics.flush()
@@ -127,9 +145,9 @@ class RunTracker(Tracker):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def audio(self, step: int, clips: Tensor, sample_rate: int) -> None:
+    def audio(self, step: int, clips: Sequence[Tensor], sample_rate: int) -> None:
         """TensorBoard's audio and image tabs, one entry a clip."""
-        for i, clip in enumerate(clips.detach().float().cpu()):
+        for i, clip in enumerate(clips):
             self._writer.add_audio(f"generated/{i}", clip[None], step, sample_rate)
             self._writer.add_image(f"spectrogram/{i}", spectrogram_image(clip), step)
         self._writer.flush()
@@ -150,6 +168,7 @@ class RunTracker(Tracker):
         self._bar.close()
         self._writer.close()
         self._metrics.close()
+        self._lock.close()
 
 
 class Throughput:

@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sashimi.checkpoint import Checkpoint, load_weights, prune, save_checkpoint, write_best
+from sashimi.checkpoint import (
+    Checkpoint,
+    best_step,
+    has_checkpoint,
+    load_weights,
+    prune,
+    save_checkpoint,
+    write_best,
+)
 from sashimi.distributed import Distributed
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample, nll
@@ -64,7 +72,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class Progress:
+class RunState:
     """Where a run is; with weights and optimizer state, all that its future depends on."""
 
     step: int = 0
@@ -80,10 +88,10 @@ class Progress:
         return {**asdict(self), "plateau": self.plateau._asdict()}
 
     @staticmethod
-    def from_json(step: int, state: dict[str, Any]) -> "Progress":
+    def from_json(step: int, state: dict[str, Any]) -> "RunState":
         """The inverse of `to_json`."""
         known = {name: state[name] for name in ("position", "best_step", "best_bits", "skipped", "bad")}
-        return Progress(step=step, plateau=Plateau(**state["plateau"]), **known)
+        return RunState(step=step, plateau=Plateau(**state["plateau"]), **known)
 
 
 class Objective(nn.Module):
@@ -123,7 +131,7 @@ class Trainer:
         self.dist, self.model, self.data = dist, model, data
         self.config, self.optim, self.seed, self.run_config = config, optim, seed, run_config
         self.folder, self.tracker = folder, Tracker()
-        self.progress = Progress()
+        self.state = RunState()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.ema = build_ema(model, optim.ema) if optim.ema else None
         self.raw_optimizer = build_optimizer(model.named_parameters(), optim)
@@ -142,17 +150,22 @@ class Trainer:
             # A run that had no average so far starts one from its weights.
             restore_ema(self.ema, checkpoint.ema or checkpoint.model, checkpoint.state["ema_updates"])
         self.dist.loss_scale = checkpoint.state["loss_scale"]
-        self.progress = Progress.from_json(checkpoint.step, checkpoint.state)
+        self.state = RunState.from_json(checkpoint.step, checkpoint.state)
 
-    def save(self) -> None:
-        """Write a checkpoint, and wait for it on every rank. A full disk is reported and the run goes on."""
+    def save(self) -> bool:
+        """Write a checkpoint, and wait for it on every rank. False, and a message, if it could not be written."""
         with self.tracker.pause():
+            failed = False
             if self.dist.is_main:
-                self._write_checkpoint()
-            self.dist.barrier()
+                try:
+                    self._write_checkpoint()
+                except OSError as error:
+                    failed = True
+                    self.tracker.note(f"step {self.state.step} is NOT SAVED: {error}; older checkpoints stand")
+            return not any(self.dist.sum(failed))
 
     def _write_checkpoint(self) -> None:
-        now = self.progress
+        now, run = self.state, self.folder.parent
         state = {
             **now.to_json(),
             "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
@@ -161,36 +174,34 @@ class Trainer:
             "world_size": self.dist.world_size,
             "mixed_precision": self.dist.precision,
         }
-        try:
-            save_checkpoint(
-                self.folder,
-                now.step,
-                self.model.state_dict(),
-                optimizer_tensors(self.raw_optimizer, self.model.named_parameters()),
-                state,
-                self.run_config,
-                None if self.ema is None else self.ema.module.state_dict(),
-            )
-            if now.best_step == now.step and now.best_bits is not None:
-                write_best(self.folder.parent, now.step, now.best_bits)
-            prune(self.folder, self.config.keep_last, now.best_step)
-        except OSError as error:
-            self.tracker.note(f"step {now.step} is NOT SAVED: {error}; older checkpoints stand, the run goes on")
+        save_checkpoint(
+            self.folder,
+            now.step,
+            self.model.state_dict(),
+            optimizer_tensors(self.raw_optimizer, self.model.named_parameters()),
+            state,
+            self.run_config,
+            None if self.ema is None else self.ema.module.state_dict(),
+        )
+        if now.best_step is not None and now.best_bits is not None and has_checkpoint(self.folder, now.best_step):
+            write_best(run, now.best_step, now.best_bits)
+        prune(self.folder, self.config.keep_last, best_step(run))
 
     def train(self, tracker: Tracker, listen: Callable[[nn.Module, int], None] = lambda model, step: None) -> bool:
         """Run to the last step, or until a signal asks to stop. Saves at the end. True if the run is complete.
 
         `tracker` takes scalars, and is a silent one on other ranks than the main one. `listen` is given the model that
         validation uses after every step, on every rank, to generate and log audio when it likes.
-        Raises `InputError` after saving nothing if the loss is not finite `max_bad_steps` times in a row, and after
-        saving if a segment cannot be decoded and that is fatal.
+
+        Raises `InputError` if the loss is not finite `max_bad_steps` times in a row (nothing is saved within such a
+        row), after saving if a segment cannot be decoded and that is fatal, and if the last save fails.
         """
         self.tracker = tracker
-        if self.progress.step == 0:
+        if self.state.step == 0:
             self.validate()
-        batches = self.data.batches(self.progress.position)
-        saved = self.progress.step
-        while self.progress.step < self.config.steps:
+        batches = self.data.batches(self.state.position)
+        saved = self.state.step
+        while self.state.step < self.config.steps:
             micro_batches = [next(batches) for _ in range(self.data.accumulation)]
             faults = [fault for batch in micro_batches for fault in batch.faults]
             for fault in faults:
@@ -199,19 +210,23 @@ class Trainer:
             count, stop, n_faults = self.dist.sum(scored, self.dist.stop_requested, len(faults))
             if stop or (n_faults and self.data.data.on_damage == "fatal"):
                 # This batch has not been consumed: a resumed run begins with it.
-                if saved != self.progress.step:
-                    self.save()
+                if saved != self.state.step and not self.save():
+                    raise InputError(f"{self.folder}: the last save failed, make room; steps after {saved} are lost")
                 if stop:
                     return False
                 raise InputError(f"data.on_damage=fatal, stopped and saved: {'; '.join(self.dist.gather(faults))}")
 
             self.step(micro_batches, int(count))
-            step = self.progress.step
-            improved = (step % self.config.valid_every == 0 or step == self.config.steps) and self.validate()
+            step, last = self.state.step, self.state.step == self.config.steps
+            if self.state.bad and not last:
+                continue  # weights that give no finite loss are not worth keeping
+            improved = (step % self.config.valid_every == 0 or last) and self.validate()
             listen(self.model if self.ema is None else self.ema.module, step)
-            if improved or step % self.config.save_every == 0 or step == self.config.steps:
-                self.save()
-                saved = step
+            if improved or step % self.config.save_every == 0 or last:
+                if self.save():
+                    saved = step
+                elif last:
+                    raise InputError(f"{self.folder}: the last save failed, make room; steps after {saved} are lost")
         return True
 
     def rehearse(self) -> str:
@@ -238,7 +253,7 @@ class Trainer:
 
     def step(self, micro_batches: list[Batch], count: int) -> None:
         """One global batch with `count` scored samples over all ranks: forward, backward, agree, update."""
-        now = self.progress
+        now = self.state
         torch.manual_seed(int(np.random.SeedSequence([self.seed, now.step, self.dist.rank]).generate_state(1)[0]))
         factor = lr_factor(now.step, self.config.steps, now.plateau, self.optim)
         set_learning_rates(self.optimizer, factor)
@@ -263,8 +278,8 @@ class Trainer:
         else:
             self.dist.discard_gradients(self.optimizer)
         # An fp16 gradient that overflows only lowers the loss scale: nothing is wrong with the run.
-        overflow = math.isfinite(nats_sum) and not finite and self.dist.precision == "fp16"
-        self.progress = now = replace(
+        overflow = math.isfinite(nats_sum) and not finite and self.dist.loss_scale.get("scale", 0.0) > 1
+        self.state = now = replace(
             now,
             step=now.step + 1,
             position=now.position + self.config.batch_size,
@@ -294,19 +309,20 @@ class Trainer:
 
     def validate(self) -> bool:
         """Evaluate, log, step the plateau. True if this is the best validation so far."""
-        objective = self.objective if self.ema is None or self.progress.step == 0 else Objective(self.ema.module)
+        objective = self.objective if self.ema is None or self.state.step == 0 else Objective(self.ema.module)
         with self.tracker.pause():
             nats, count, faults = evaluate(objective, self.data.valid_batches, self.dist)
-        for fault in faults:
-            self.tracker.note(f"validation without {fault}")
-        bits, now = bits_per_sample(nats, count), self.progress
+        if self.dist.is_main and self.state.step == 0:
+            for fault in faults:
+                self.tracker.note(f"validation goes without {fault}")
+        bits, now = bits_per_sample(nats, count), self.state
         self.tracker.log(now.step, {"valid/bits": bits})
         if now.step > 0:
             now = replace(now, plateau=plateau_step(now.plateau, bits, self.optim))
         improved = now.step > 0 and bits < (math.inf if now.best_bits is None else now.best_bits)
         if improved:
             now = replace(now, best_step=now.step, best_bits=bits)
-        self.progress = now
+        self.state = now
         return improved
 
 

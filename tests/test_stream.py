@@ -22,6 +22,7 @@ from sashimi.stream import (
     Batch,
     DataConfig,
     Grid,
+    Place,
     Segments,
     describe_segment,
     eval_batches,
@@ -65,7 +66,7 @@ def global_batches(
 ) -> Batch:
     """The next `n` global batches, put together from all ranks."""
     streams = [
-        train_batches(split, data, AUDIO, SEED, position, batch_size, micro_batch, rank, world_size)
+        train_batches(split, data, AUDIO, SEED, position, batch_size, micro_batch, Place(rank, world_size))
         for rank in range(world_size)
     ]
     return in_position_order(streams, n * batch_size // (micro_batch * world_size))
@@ -231,7 +232,7 @@ def test_law_8_evaluation_uses_each_segment_once_on_any_number_of_ranks(
 ) -> None:
     """Mutation: in `eval_batches`, drop the line that sets FILLER; or round `n_batches` down."""
     data = replace(DATA, workers=workers, crop=True)
-    loaders = [eval_batches(split, data, AUDIO, 4, rank, world_size) for rank in range(world_size)]
+    loaders = [eval_batches(split, data, AUDIO, 4, Place(rank, world_size)) for rank in range(world_size)]
     assert len({len(loader) for loader in loaders}) == 1
     for _ in range(2):  # a second evaluation, by the same loaders
         everything = in_position_order(loaders, len(loaders[0]))
@@ -296,19 +297,18 @@ def test_streams_leave_the_callers_random_state_alone(split: Split) -> None:
     """Dropout after a resume must not depend on how many loaders were opened. Mutation: in `_loader`, drop
     `generator`."""
     before = torch.get_rng_state()
-    next(train_batches(split, DATA, AUDIO, SEED, 0, 4, 4, 0, 1))
-    next(iter(eval_batches(split, DATA, AUDIO, 4, 0, 1)))
+    next(train_batches(split, DATA, AUDIO, SEED, 0, 4, 4))
+    next(iter(eval_batches(split, DATA, AUDIO, 4)))
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_batches_are_the_same_batches(split: Split, workers: int) -> None:
     """Mutation: in `_loader`, drop `pin_memory`."""
     data = replace(DATA, workers=workers)
-    plain = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8, 0, 1))
-    pinned = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8, 0, 1, pin_memory=True))
+    plain = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8))
+    pinned = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8, Place(pin_memory=True)))
     assert pinned.inputs.is_pinned()
     assert pinned.mask.is_pinned()
     assert_equal(plain, pinned)
@@ -334,6 +334,6 @@ def test_wrong_use_is_refused_by_name(split: Split) -> None:
     with pytest.raises(InputError, match=r"audio.sample_rate=16000: .* packed at 8000 Hz; set audio.sample_rate"):
         Segments(split, DATA, AudioConfig(), SEED)
     with pytest.raises(InputError, match="batch_size=5: must be a multiple of world_size 2"):
-        train_batches(split, DATA, AUDIO, SEED, 0, 5, None, 0, 2)
+        train_batches(split, DATA, AUDIO, SEED, 0, 5, None, Place(0, 2))
     with pytest.raises(InputError, match="batch_size=0: give at least 1"):
-        eval_batches(split, DATA, AUDIO, 0, 0, 1)
+        eval_batches(split, DATA, AUDIO, 0)

@@ -15,7 +15,7 @@ from sashimi.model import ModelConfig, Sashimi
 from sashimi.optim import OptimConfig, Plateau
 from sashimi.stream import AudioConfig, Batch, DataConfig, TrainingData
 from sashimi.tracking import Tracker
-from sashimi.trainer import Objective, Progress, TrainConfig, Trainer, evaluate
+from sashimi.trainer import Objective, RunState, TrainConfig, Trainer, evaluate
 
 Train = Callable[..., list[dict]]
 
@@ -88,7 +88,7 @@ def test_masked_batch_changes_nothing_but_position(trainer: Callable[..., Traine
     batch = next(batches)
     subject.step([batch._replace(mask=torch.zeros_like(batch.mask))], 0)
     assert torch.equal(weights(subject), before)
-    assert subject.progress == Progress(step=2, position=8, skipped=1)
+    assert subject.state == RunState(step=2, position=8, skipped=1)
 
 
 def test_not_finite_is_skipped_then_stops(trainer: Callable[..., Trainer], tiny_shards: Path) -> None:
@@ -104,7 +104,7 @@ def test_not_finite_is_skipped_then_stops(trainer: Callable[..., Trainer], tiny_
     batch = next(batches)
     subject.step([batch], int(batch.mask.sum()))
     assert torch.equal(weights(subject).nan_to_num(), before.nan_to_num())
-    assert subject.progress == Progress(step=1, position=4, skipped=1, bad=1)
+    assert subject.state == RunState(step=1, position=4, skipped=1, bad=1)
     with pytest.raises(ValueError, match=r"no finite loss.*recording train-\d+, samples .*--resume auto") as error:
         subject.step([batch], int(batch.mask.sum()))
     assert str(error.value).count("recording") == 4
@@ -129,17 +129,17 @@ def test_validation_uses_averaged_weights(trainer: Callable[..., Trainer]) -> No
     subject.train(Tracker())
     assert subject.ema is not None
     nats, count, _ = evaluate(Objective(subject.ema.module), subject.data.valid_batches, subject.dist)
-    best = subject.progress.best_bits
+    best = subject.state.best_bits
     assert best == pytest.approx(nats / count / 0.6931471805599453, rel=1e-9)
     saved = load_checkpoint(subject.folder / "step-00000003")
     assert saved.ema is not None
     assert not torch.equal(saved.ema["head.bias"], saved.model["head.bias"])
 
 
-def test_progress_survives_json() -> None:
+def test_state_survives_json() -> None:
     """`from_json` undoes `to_json`. Mutation: leave "bad" out of `known`."""
-    progress = Progress(7, 28, Plateau(3.2, 4, 0.04), 4, 3.1, skipped=3, bad=2)
-    assert Progress.from_json(7, json.loads(json.dumps(progress.to_json()))) == progress
+    state = RunState(7, 28, Plateau(3.2, 4, 0.04), 4, 3.1, skipped=3, bad=2)
+    assert RunState.from_json(7, json.loads(json.dumps(state.to_json()))) == state
 
 
 def test_plateau_lowers_the_rate(train: Train) -> None:
