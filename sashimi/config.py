@@ -79,11 +79,6 @@ def save_config(config: RunConfig, file: Path) -> None:
     atomic.write_file(file, yaml.safe_dump(parsing.to_dict(config), sort_keys=False).encode())
 
 
-def load_config(file: Path) -> RunConfig:
-    """Read what `save_config` wrote, or any recipe."""
-    return parsing.load(RunConfig, file)
-
-
 def adopt_model(config: RunConfig, folder_config: Mapping[str, Any], where: str) -> RunConfig:
     """`config` with the model and quantizer of a model folder's config.json, for a run that starts from its weights.
 

@@ -41,16 +41,6 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str = "", descriptio
     return _instantiate(config_class, parser, namespace)
 
 
-def load(config_class: type[T], file: Path) -> T:
-    """`config_class` from a YAML file; fields that it leaves out keep their defaults."""
-    parser = _parser(config_class)
-    namespace = _read(parser, file)
-    try:
-        return _instantiate(config_class, parser, namespace)
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-
-
 def build(config_class: type[T], values: Mapping[str, Any], where: str) -> T:
     """`config_class` from an object read from JSON; `where`, say the file's path, goes into the errors."""
     parser = _parser(config_class)

@@ -1,10 +1,11 @@
 """Recordings into one tar of the shard format (see `shards`), whole or absent and byte for byte reproducible."""
 
 import io
+import itertools
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,7 @@ import numpy as np
 import soundfile as sf
 
 from sashimi.atomic import UNFINISHED
+from sashimi.shards import Split, open_split, seal
 
 
 class ShardWriter:
@@ -88,3 +90,26 @@ def regroup(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
             held = held[size:]
     if len(held):
         yield held
+
+
+def write_split(
+    folder: str | Path,
+    split: str,
+    recordings: Mapping[str, np.ndarray],
+    sample_rate: int,
+    chunk_samples: int = 960_000,
+    shard_recordings: int = 1000,
+) -> Split:
+    """Packs arrays in memory, key -> int16 (samples,), as one split of a shard folder, and opens it."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    items = iter(recordings.items())
+    for number in itertools.count():
+        batch = list(itertools.islice(items, shard_recordings))
+        if not batch:
+            break
+        with ShardWriter(folder / f"{split}-{number:06d}.tar", sample_rate, chunk_samples) as writer:
+            for key, audio in batch:
+                writer.add(key, [audio])
+    seal(folder, {})
+    return open_split(folder, split)

@@ -22,7 +22,6 @@ import soundfile as sf
 
 from sashimi.atomic import MANIFEST, read_json, write_file, write_json
 from sashimi.errors import InputError
-from sashimi.shard_writer import ShardWriter
 
 FORMAT = "sashimi-shards-1"
 SPLITS = ("train", "valid", "test")
@@ -291,26 +290,3 @@ def _join(shards: list[ShardScan]) -> np.ndarray:
         recordings += len(np.unique(rows["recording"]))
         parts.append(rows)
     return np.concatenate(parts)
-
-
-def write_split(
-    folder: str | Path,
-    split: str,
-    recordings: Mapping[str, np.ndarray],
-    sample_rate: int,
-    chunk_samples: int = 960_000,
-    shard_recordings: int = 1000,
-) -> Split:
-    """Packs arrays in memory, key -> int16 (samples,), as one split of a shard folder, and opens it."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    items = iter(recordings.items())
-    for number in itertools.count():
-        batch = list(itertools.islice(items, shard_recordings))
-        if not batch:
-            break
-        with ShardWriter(folder / f"{split}-{number:06d}.tar", sample_rate, chunk_samples) as writer:
-            for key, audio in batch:
-                writer.add(key, [audio])
-    seal(folder, {})
-    return open_split(folder, split)

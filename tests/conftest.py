@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from sashimi.shards import write_split
+from sashimi.shard_writer import write_split
 
 ROOT = Path(__file__).parent.parent
 RATE = 8000
@@ -92,11 +92,12 @@ def launcher(processes: int) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *count]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run. `-m soak` asks for the long trials."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run, and long trials that were not asked for."""
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device here",
         "slurm": None if shutil.which("slurmctld") else "slurmctld is not installed here",
+        "soak": None if "soak" in config.getoption("markexpr") else "a long trial: ask for it with -m soak",
     }
     for item in items:
         for marker, reason in missing.items():

@@ -7,4 +7,4 @@ export OMP_NUM_THREADS=1
 ruff format --check .
 ruff check .
 mypy
-python -m pytest -m "not soak" "$@"
+python -m pytest "$@"

@@ -21,8 +21,8 @@ ARROWS: dict[str, set[str]] = {
     "packing.parallel": set(),
     # audio and data
     "audio": {"atomic"},
-    "shard_writer": {"atomic"},
-    "shards": {"atomic", "shard_writer"},
+    "shard_writer": {"atomic", "shards"},
+    "shards": {"atomic"},
     "packing.sources": {"shards"},
     "packing.pack": {"atomic", "audio", "packing.parallel", "packing.sources", "shard_writer", "shards"},
     "packing.verify": {"shards"},

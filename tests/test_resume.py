@@ -9,7 +9,7 @@ import pytest
 from conftest import curve, metrics
 from safetensors.torch import load_file
 
-from sashimi.shards import write_split
+from sashimi.shard_writer import write_split
 
 Train = Callable[..., list[dict]]
 KEEP = ("--train.keep_last", "10")

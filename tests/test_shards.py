@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from sashimi.errors import InputError
 from sashimi.packing.verify import verify
-from sashimi.shard_writer import ShardWriter, regroup
-from sashimi.shards import INDEX_DTYPE, DamagedMember, Split, open_split, rebuild, seal, write_split
+from sashimi.shard_writer import ShardWriter, regroup, write_split
+from sashimi.shards import INDEX_DTYPE, DamagedMember, Split, open_split, rebuild, seal
 
 RATE = 8000
 CHUNK = 1000

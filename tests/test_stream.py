@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
 from sashimi.order import segment_at
-from sashimi.shards import Split, open_split, write_split
+from sashimi.shard_writer import write_split
+from sashimi.shards import Split, open_split
 from sashimi.stream import (
     FILLER,
     Batch,
