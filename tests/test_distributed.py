@@ -1,5 +1,6 @@
 """Real processes on one machine (gloo): ranks train, resume, evaluate and stop as one process does."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, curve, launch, launcher, metrics
+import torch
+from conftest import ROOT, TINY, command, curve, launch, launcher, metrics
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,63 @@ def test_ranks_train_as_one(runs: Path) -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # AdamW would hide gradients of another scale
 
 
+def test_accumulation_is_ours_alone(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 13: what the launcher's environment says of accumulation does not scale the gradients.
+
+    Mutation: drop `self.accelerator.gradient_accumulation_steps = 1` in `Distributed.__init__`.
+    """
+    norms = []
+    for name in ("without", "with"):
+        command("launch/train.py", arguments(tmp_path, tiny_shards, name, "--train.steps", "4"), monkeypatch)
+        norms.append([line["train/grad_norm"] for line in metrics(tmp_path / name) if "train/grad_norm" in line])
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert len(norms[0]) == 4
+    assert norms[0] == norms[1]
+
+
+# launch/train.py, but rank 1's third loss is NaN while its gradient is finite; then each rank says where it is.
+POISONED = """
+import os, runpy, sys
+from pathlib import Path
+import torch
+from sashimi import trainer
+
+class Poisoned(trainer.Objective):
+    losses = 0
+
+    def forward(self, inputs, targets, mask):
+        nats = super().forward(inputs, targets, mask)
+        self.losses += self.training
+        return nats + (float("nan") if self.training and self.losses == 3 and os.environ["RANK"] == "1" else 0.0)
+
+train = trainer.Trainer.train
+
+def train_and_tell(self, *arguments):
+    complete = train(self, *arguments)
+    weights = torch.cat([p.detach().flatten() for p in self.model.parameters()])
+    torch.save((weights, self.state.step, self.state.skipped), Path(__file__).with_name(f"rank-{self.dist.rank}.pt"))
+    return complete
+
+trainer.Objective, trainer.Trainer.train = Poisoned, train_and_tell
+runpy.run_path(TRAIN, run_name="__main__")
+"""
+
+
+def test_one_rank_without_a_finite_loss(tiny_shards: Path, tmp_path: Path) -> None:
+    """Law 13: the ranks agree before any update; both skip the step, and go on with equal weights.
+
+    Mutation: `(nats_sum,) = self.dist.sum(...)` becomes this rank's own sum.
+    """
+    script = tmp_path / "poisoned.py"
+    script.write_text(POISONED.replace("TRAIN", repr(str(ROOT / "launch/train.py"))))
+    done = launch(2, str(script), arguments(tmp_path, tiny_shards, "run"))
+    assert done.returncode == 0, done.stderr
+    (first, *state), (second, *other) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in (0, 1))
+    assert state == other == [12, 1]
+    assert first.equal(second)
+    assert [line["step"] for line in metrics(tmp_path / "run") if line.get("train/bits", 0) is None] == [3]
+
+
 def test_two_ranks_resume_bit_equal(runs: Path, tiny_shards: Path) -> None:
     """Law 12 with two ranks. Mutation: leave out `restore_optimizer`."""
     unbroken = metrics(runs / "ranks-2")
@@ -76,24 +135,25 @@ def test_evaluation_does_not_depend_on_ranks(runs: Path, tiny_shards: Path) -> N
         argv = [str(runs / "ranks-1"), "--data", str(tiny_shards), "--split", "test"]
         done = launch(ranks, "launch/evaluate.py", argv)
         assert done.returncode == 0, done.stderr
-        results.append(evaluation(done.stdout))
+        results.append(json.loads(done.stdout))
     assert len({result["samples"] for result in results}) == 1
     assert all(r["bits_per_sample"] == pytest.approx(results[0]["bits_per_sample"], rel=1e-6) for r in results)
 
 
-def evaluation(stdout: str) -> dict:
-    import json
+@pytest.mark.parametrize(
+    ("number", "loaders"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 1)], ids=["one", "usr1", "job"]
+)
+def test_signal_saves_on_all_ranks_and_resumes(
+    tiny_shards: Path, tmp_path: Path, number: signal.Signals, loaders: int
+) -> None:
+    """A signal to one rank, or to every process of the job and so to the loaders' workers, stops all ranks after a
+    checkpoint, with exit code 0; the run goes on from there.
 
-    return json.loads(stdout)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_saves_on_all_ranks_and_resumes(tiny_shards: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """A signal to one rank stops all of them after a checkpoint, with exit code 0; the run goes on from there.
-
-    Mutation: leave `stop_requested` out of the all-reduce (the other rank would wait for its peer for ever).
+    Mutations: leave `stop_requested` out of the all-reduce (the other rank would wait for its peer for ever); no
+    `ignore_stop_signals` in launch/train.py (the workers die, and their trainer with them).
     """
     argv = arguments(tmp_path, tiny_shards, "run", "--train.steps", "100000", "--train.save_every", "100000")
+    argv += ["--data.workers", str(loaders)]
     script = str(ROOT / "launch/train.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -106,7 +166,9 @@ def test_signal_saves_on_all_ranks_and_resumes(tiny_shards: Path, tmp_path: Path
         time.sleep(0.2)
     found = subprocess.run(["pgrep", "-f", f"{script} .*--runs {tmp_path}"], capture_output=True, text=True, check=True)
     workers = [int(pid) for pid in found.stdout.split() if int(pid) != process.pid]
-    os.kill(workers[-1], number)
+    assert len(workers) >= 2 + 2 * loaders  # a loader's worker has its trainer's command line
+    for pid in workers if loaders else workers[-1:]:
+        os.kill(pid, number)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 0, stderr
     assert "stopped by a signal" in stderr

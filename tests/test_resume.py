@@ -1,15 +1,17 @@
 """Law 12 on one rank, and what may and may not change when a run goes on. More ranks: test_distributed.py."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import curve, metrics
+from conftest import command, curve, metrics
 from safetensors.torch import load_file
 
 from sashimi.shard_writer import write_split
+from sashimi.tracking import RunTracker, TrackConfig
 
 Train = Callable[..., list[dict]]
 KEEP = ("--train.keep_last", "10")
@@ -113,3 +115,92 @@ def test_init_from_starts_at_the_other_runs_weights(train: Train, tmp_path: Path
     assert tuned[0]["valid/bits"] == pytest.approx(before[-1]["valid/bits"], rel=1e-6)
     again = train("tuned", "--init_from", str(tmp_path / "runs/run"), "--model.d_model", "4", "--train.steps", "6")
     assert [line["step"] for line in again if "train/bits" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_back_takes_everything_back(train: Train, tmp_path: Path) -> None:
+    """From an older checkpoint on, the later ones are out of the way, and best.json is what the state says.
+
+    Mutation: drop `rewind(...)` in launch/train.py.
+    """
+    run = tmp_path / "runs/run"
+    train("run", *KEEP)
+    assert json.loads((run / "best.json").read_text())["step"] > 6
+    lines = train("run", *KEEP, "--resume", str(run / "checkpoints/step-00000004"), "--train.steps", "6")
+    assert [line["step"] for line in lines if "train/bits" in line] == list(range(1, 7))
+    names = ("step-00000004", "step-00000006", "step-00000008.abandoned", "step-00000012.abandoned")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == list(names)
+    state = json.loads((run / "checkpoints/step-00000006/state.json").read_text())
+    best = json.loads((run / "best.json").read_text())
+    assert best == {"step": state["best_step"], "valid/bits": state["best_bits"]}
+
+
+@pytest.mark.parametrize("ema", ["0", "0.5"])
+def test_evaluation_is_of_the_best_checkpoint(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ema: str
+) -> None:
+    """A run is evaluated where its validation was best, with the weights that validation used, on its own shards.
+
+    Mutations: `write_best(run, now.step, ...)`; no loop over `best` in `find_model_folder`.
+    """
+    ruin = ["--optim.lr", "0.5", "--optim.clip", "0", "--optim.schedule", "constant", "--optim.warmup_steps", "12"]
+    lines = train("run", *KEEP, *ruin, "--optim.ema", ema, "--train.valid_every", "2")
+    best = json.loads((tmp_path / "runs/run/best.json").read_text())
+    valid = {step: bits for step, name, bits in curve(lines) if name == "valid/bits" and step}
+    assert best == {"step": min(valid, key=lambda step: valid[step]), "valid/bits": min(valid.values())}
+    assert best["step"] < 12
+    capsys.readouterr()
+    command("launch/evaluate.py", [str(tmp_path / "runs/run"), "--split", "valid"], monkeypatch)
+    result = json.loads(capsys.readouterr().out)
+    assert Path(result["model"]).name == f"step-{best['step']:08d}"
+    assert result["bits_per_sample"] == pytest.approx(best["valid/bits"], rel=1e-6)
+
+
+def test_an_average_may_begin_on_resume(train: Train, tmp_path: Path) -> None:
+    """A run without one goes on with one, which starts from its weights; training itself is as before.
+
+    Mutation: `checkpoint.ema or checkpoint.model` becomes `checkpoint.ema`.
+    """
+    plain = train("plain", *KEEP)
+    train("run", *KEEP)
+    folder = tmp_path / "runs/run/checkpoints"
+    averaged = train("run", *KEEP, "--optim.ema", "0.9", "--resume", str(folder / "step-00000008"))
+    assert [e for e in curve(averaged) if e[1] == "train/bits"] == [e for e in curve(plain) if e[1] == "train/bits"]
+    assert json.loads((folder / "step-00000012/state.json").read_text())["ema_updates"] == 4
+    ema, model = (load_file(folder / f"step-00000012/{name}.safetensors") for name in ("ema", "model"))
+    assert ema.keys() == model.keys()
+    assert not ema["head.bias"].equal(model["head.bias"])
+
+
+def test_another_runs_checkpoint_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its state is not this run's: one line, with what to do instead. Mutation: no such check in `find_resume`."""
+    train("other", "--train.steps", "1")
+    capsys.readouterr()
+    path = tmp_path / "runs/other/checkpoints/step-00000001"
+    with pytest.raises(SystemExit) as exit:
+        train("run", "--resume", str(path))
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: resume={path}: is not a checkpoint of this run")
+    assert "--init-from" in line
+    assert not (tmp_path / "runs/run").exists()
+
+
+def test_one_writer_at_a_time(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """While one process trains a run, another one is refused and moves nothing.
+
+    Mutations: no `flock` in `RunTracker`; `rewind` before the tracker in launch/train.py.
+    """
+    run = tmp_path / "runs/run"
+    train("run", *KEEP)
+    tracker = RunTracker(run, TrackConfig(), 12, 20, 40)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        train("run", *KEEP, "--resume", str(run / "checkpoints/step-00000004"))
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"error: {run}: another process trains this run; stop it, or take another --name"
+    ]
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    tracker.close()
+    train("run", *KEEP, "--resume", str(run / "checkpoints/step-00000004"))

@@ -1,18 +1,24 @@
 """The loss of a step, what is skipped, what validation uses: laws 13 and 8 on one rank. See test_distributed.py."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import curve
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sashimi.checkpoint import load_checkpoint
+import sashimi.trainer as trainer_module
+from sashimi.audio import Quantizer
+from sashimi.checkpoint import load_checkpoint, load_model
 from sashimi.distributed import Distributed
 from sashimi.loss import nll
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.optim import OptimConfig, Plateau
+from sashimi.sampler import generate
 from sashimi.stream import AudioConfig, Batch, DataConfig, TrainingData
 from sashimi.tracking import Tracker
 from sashimi.trainer import Objective, RunState, TrainConfig, Trainer, evaluate
@@ -134,6 +140,141 @@ def test_validation_uses_averaged_weights(trainer: Callable[..., Trainer]) -> No
     saved = load_checkpoint(subject.folder / "step-00000003")
     assert saved.ema is not None
     assert not torch.equal(saved.ema["head.bias"], saved.model["head.bias"])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_listens_to_the_validated_model(trainer: Callable[..., Trainer], ema: float) -> None:
+    """After every step, the averaged model if there is one. Mutation: `listen(self.model, step)`, or before `step`."""
+    subject = trainer(4, ema=ema)
+    heard: list[tuple[torch.nn.Module, int]] = []
+    subject.train(Tracker(), lambda model, step: heard.append((model, step)))
+    model = subject.model if subject.ema is None else subject.ema.module
+    assert (subject.ema is None) == (ema == 0)
+    assert heard == [(model, 1), (model, 2), (model, 3)]
+
+
+def test_generated_audio_is_in_tensorboard(train: Train, tmp_path: Path) -> None:
+    """Every audio_every steps, each clip at the run's rate and of its length; the training is not disturbed.
+
+    Mutations: drop `tracker.audio` in launch/train.py, or its `Quantizer(...).decode`; swap rate and samples.
+    """
+    audio = ["--track.audio_every", "4", "--track.audio_seconds", "0.01", "--track.audio_clips", "2"]
+    assert curve(train("audio", *audio)) == curve(train("silent"))
+    events = EventAccumulator(str(tmp_path / "runs/audio"))
+    events.Reload()
+    for clip in ("generated/0", "generated/1"):
+        assert [(event.step, event.sample_rate) for event in events.Audio(clip)] == [(4, 8000), (8, 8000), (12, 8000)]
+        assert {len(event.encoded_audio_string) for event in events.Audio(clip)} == {44 + 2 * 80}
+    model = load_model(tmp_path / "runs/audio/checkpoints/step-00000012")
+    expected = Quantizer(AudioConfig(8000)).decode(generate(model, 80, [1], seed=0))[0]
+    sound = np.frombuffer(events.Audio("generated/1")[-1].encoded_audio_string[44:], "<i2") / 32767
+    assert np.abs(sound - expected.numpy()).max() < 1e-3
+    assert np.abs(sound).max() > 0
+
+
+def no_space(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """The disk is full whenever a checkpoint of one of these steps is written."""
+    write = trainer_module.save_checkpoint
+
+    def full(folder: Path, step: int, *rest: object) -> Path:
+        if step in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(folder, step, *rest)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", full)
+
+
+def steps_in(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.iterdir())
+
+
+def test_a_full_disk_does_not_stop_the_run(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A save that fails is said, and the next one is tried. Mutation: `except OSError` with a `raise` at its end."""
+    no_space(monkeypatch, 8)
+    lines = train("run", "--train.keep_last", "10")
+    assert [line["step"] for line in lines if "train/bits" in line] == list(range(1, 13))
+    assert "step 8 is NOT SAVED: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert steps_in(tmp_path / "runs/run/checkpoints") == [4, 12]
+
+
+def test_a_failed_last_save_is_an_error(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was not saved is no success: one line, exit code 2, and what was saved before stands.
+
+    Mutation: drop `elif last` and its `raise`.
+    """
+    no_space(monkeypatch, 8, 12)
+    with pytest.raises(SystemExit) as exit:
+        train("run", "--train.keep_last", "1")
+    assert exit.value.code == 2
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")] == [
+        f"error: {tmp_path}/runs/run/checkpoints: the last save failed, make room; steps after 4 are lost"
+    ]
+    assert steps_in(tmp_path / "runs/run/checkpoints") == [4]
+    assert json.loads((tmp_path / "runs/run/best.json").read_text())["step"] == 4
+
+
+def test_a_stopped_run_says_that_it_could_not_save(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal while the disk is full. Mutation: in `train`, `return False` whatever that `self.save()` says."""
+    no_space(monkeypatch, 2)
+    subject = trainer(4)
+    with pytest.raises(ValueError, match="the last save failed, make room; steps after 0 are lost"):
+        subject.train(Tracker(), lambda model, step: setattr(subject.dist, "stop_requested", step == 2))
+
+
+def test_a_best_model_that_was_not_saved(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until a better one is on disk, the old best checkpoint stays and best.json names it.
+
+    Mutations: `prune(..., now.best_step)`; drop `has_checkpoint(...)` in `_write_checkpoint`.
+    """
+    no_space(monkeypatch, 2)
+    subject = trainer(4, keep_last=1)
+    saved = []
+    for step, best_step, best_bits in ((1, 1, 3.0), (2, 2, 2.0), (3, 2, 2.0), (4, 2, 2.0)):
+        subject.state = RunState(step=step, best_step=best_step, best_bits=best_bits)
+        saved.append(subject.save())
+    assert saved == [True, False, True, True]
+    assert steps_in(subject.folder) == [1, 4]
+    assert json.loads((subject.folder.parent / "best.json").read_text()) == {"step": 1, "valid/bits": 3.0}
+
+
+def test_a_diverged_model_is_not_saved(trainer: Callable[..., Trainer]) -> None:
+    """Weights that became NaN after step 3 stop the run at step 7, and no checkpoint of them is left.
+
+    Mutation: drop the `continue` for bad steps in `train`.
+    """
+    subject = trainer(4, steps=20, save_every=2, valid_every=100, max_bad_steps=4)
+
+    def ruin(model: torch.nn.Module, step: int) -> None:
+        if step == 3:
+            subject.model.head.bias.data.fill_(float("nan"))
+
+    with pytest.raises(ValueError, match="no finite loss and gradient in 4 steps up to 7"):
+        subject.train(Tracker(), ruin)
+    assert steps_in(subject.folder) == [2]
+
+
+@pytest.mark.parametrize(("scale", "bad"), [({"scale": 65536.0}, 0), ({"scale": 1.0}, 1), ({}, 1)])
+def test_an_overflow_of_fp16_is_not_a_bad_step(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, scale: dict[str, float], bad: int
+) -> None:
+    """A finite loss with an infinite gradient is skipped, and counts as bad unless a loss scale can still be lowered.
+
+    Mutations: `bad=0 if finite`; `> 1` becomes `>= 1`.
+    """
+    subject = trainer(4)
+    monkeypatch.setattr(Distributed, "loss_scale", scale)
+    subject.model.head.bias.register_hook(lambda gradient: gradient * float("inf"))
+    before = weights(subject)
+    batch = next(subject.data.batches(0))
+    subject.step([batch], int(batch.mask.sum()))
+    assert torch.equal(weights(subject), before)
+    assert (subject.state.skipped, subject.state.bad) == (1, bad)
 
 
 def test_state_survives_json() -> None:

@@ -1,0 +1,257 @@
+"""The commands as a user types them: what they print, what they leave behind, and what they say to wrong ones."""
+
+import ast
+import inspect
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+from conftest import RATE, ROOT, TINY, command, curve, metrics
+
+import sashimi
+from sashimi.audio import AudioConfig
+from sashimi.checkpoint import save_model
+from sashimi.config import parse_run_config
+from sashimi.model import ModelConfig, Sashimi
+from sashimi.parsing import to_dict
+from sashimi.shards import open_split
+from sashimi.stream import DataConfig, n_segments
+
+README = (ROOT / "README.md").read_text()
+
+
+class Answer(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The only line on stderr, besides the one that says that a run is new."""
+        lines = [line for line in self.err.splitlines() if "no checkpoint yet, starting from step 0" not in line]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """call(SCRIPT, *arguments) runs a script in this process."""
+
+    def run(script: str, *arguments: str) -> Answer:
+        code = 0
+        capsys.readouterr()
+        try:
+            command(script, list(arguments), monkeypatch)
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return Answer(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def tiny(tiny_shards: Path, tmp_path: Path) -> list[str]:
+    """The options of a tiny run below tmp_path."""
+    return [*TINY, "--data.shards", str(tiny_shards), "--runs", str(tmp_path / "runs")]
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """When each file of a folder was written, and its size."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
+
+
+def test_dry_run_tells_and_leaves_nothing(call: Call, tiny: list[str], tiny_shards: Path, tmp_path: Path) -> None:
+    """Size, epoch, memory and time, for a new run and beside one that exists, which it does not even look at.
+
+    Mutations: `return dist.close()` after the tracker is made; look for a checkpoint in a dry run too.
+    """
+    segments = n_segments(open_split(tiny_shards, "train"), DataConfig(segment=512, crop=True))
+    parameters = sum(p.numel() for p in Sashimi(ModelConfig(d_model=8, n_layers=1)).parameters())
+    for _ in range(2):
+        before = contents(tmp_path)
+        answer = call("launch/train.py", *tiny, "--dry-run")
+        assert answer.code == 0, answer.err
+        report = dict(re.split(r"  +", line, maxsplit=1) for line in answer.err.splitlines())
+        assert report["parameters"] == f"{parameters:,}"
+        assert report["segments per epoch"] == str(segments)
+        assert report["steps per epoch"] == f"{segments / 4:.1f}"
+        assert report["batch"] == "4 segments = 1 ranks x 1 micro-batches x 4"
+        assert re.fullmatch(r"0\.\d\d GiB|\d\.\d\d GiB", report["memory per rank"])
+        assert float(report["seconds per step"]) > 0
+        assert contents(tmp_path) == before
+        assert (tmp_path / "runs").exists() == bool(before)
+        if not before:
+            assert call("launch/train.py", *tiny, "--train.steps", "4").code == 0
+
+
+def test_a_saved_config_is_all_that_a_run_needs(call: Call, tiny: list[str], tmp_path: Path) -> None:
+    """runs/NAME/config.yaml goes on with the run, or under another name repeats it, bit for bit.
+
+    Mutation: `save_config` before `adopt_model`'s or the command line's changes, as of the recipe alone.
+    """
+    run = tmp_path / "runs/run"
+    call("launch/train.py", *tiny)
+    saved = ["--config", str(run / "config.yaml")]
+    assert call("launch/train.py", *saved, "--name", "again").code == 0
+    assert curve(metrics(run.with_name("again"))) == curve(metrics(run))
+    assert call("launch/train.py", *saved, "--train.steps", "14").code == 0
+    assert [line["step"] for line in metrics(run) if "train/bits" in line] == list(range(1, 15))
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 14
+
+
+def test_a_saved_config_goes_on_after_a_step_back(call: Call, tiny: list[str], tmp_path: Path) -> None:
+    """Once a run has gone back with --resume PATH, its config does not go back again.
+
+    Mutation: `save_config(config, ...)` without `resume="auto"` in launch/train.py.
+    """
+    run = tmp_path / "runs/run"
+    call("launch/train.py", *tiny, "--train.keep_last", "10")
+    back = str(run / "checkpoints/step-00000004")
+    assert call("launch/train.py", *tiny, "--train.keep_last", "10", "--resume", back).code == 0
+    before = contents(run / "checkpoints")
+    answer = call("launch/train.py", "--config", str(run / "config.yaml"))
+    assert answer.code == 0, answer.err
+    assert contents(run / "checkpoints") == before
+    assert "abandoned" not in answer.err
+
+
+@pytest.mark.parametrize(
+    ("script", "documented"),
+    [
+        ("train", r"--train\.steps STEPS Optimizer steps in all; .* \(type: int, default: 100000\)"),
+        ("evaluate", r"--segment SEGMENT Length of a segment in samples; .* \(type: int, default: 0\)"),
+        ("sample", r"--seconds SECONDS \w.*"),
+    ],
+)
+def test_help(call: Call, script: str, documented: str) -> None:
+    """Every command explains itself. Mutation: turn SystemExit(0) into an error in `parse`."""
+    answer = call(f"launch/{script}.py", "--help")
+    assert answer.code == 0
+    assert re.search(documented, " ".join(answer.out.split()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--data.shards {tmp}/nowhere", "{tmp}/nowhere: no such folder of shards: make it with"),
+        ("--data.shards {tmp}/empty", "{tmp}/empty/manifest.json is missing"),
+        ("--data.shards {tmp}/no-valid", "{tmp}/no-valid has no clips in split 'valid'"),
+        ("--data.segment 510", "data.segment=510: must be a multiple of 16"),
+        ("--train.stesp 3", "train.stesp: no such field; did you mean train.steps?"),
+        ("--train.steps many", "train.steps=many: expected int"),
+        ("--config {tmp}/none.yaml", "{tmp}/none.yaml: no such config file"),
+        ("--train.batch_size 5 --train.micro_batch 2", ".*batch_size=5"),
+        ("--audio.sample_rate 16000", "audio.sample_rate=16000: .* was packed at 8000 Hz"),
+        ("--audio.bits 9", "model.levels=256: audio.bits=9 needs 512"),
+        ("--runs {tmp}/file", ".*{tmp}/file"),
+        ("--resume {tmp}/nowhere", "resume={tmp}/nowhere: is not a checkpoint of this run"),
+        ("--init_from {tmp}/nowhere", "{tmp}/nowhere: no such folder"),
+        ("--init_from {tmp}/empty", "{tmp}/empty: no config.json and no checkpoints"),
+        ("stray", ".*stray"),
+    ],
+)
+def test_wrong_training_commands(call: Call, tiny: list[str], tmp_path: Path, options: str, message: str) -> None:
+    """One line that names what is wrong, exit code 2, and no run folder. Mutation: drop that check."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    shutil.copytree(tiny[tiny.index("--data.shards") + 1], tmp_path / "no-valid")
+    manifest = json.loads((tmp_path / "no-valid/manifest.json").read_text())
+    del manifest["splits"]["valid"]
+    (tmp_path / "no-valid/manifest.json").write_text(json.dumps(manifest))
+    before = contents(tmp_path)
+    answer = call("launch/train.py", *tiny, *options.format(tmp=tmp_path).split())
+    assert answer.code == 2
+    assert re.match("error: " + message.format(tmp=tmp_path), answer.error), answer.error
+    assert contents(tmp_path) == before
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{tmp}/nowhere", "{tmp}/nowhere: no such folder; give a model folder"),
+        ("{tmp}/empty", "{tmp}/empty: no config.json and no checkpoints"),
+        ("{tmp}/model", "{tmp}/model: does not say what it was trained on; name the shards with --data"),
+        ("{tmp}/model --data {tmp}/nowhere", "{tmp}/nowhere: no such folder of shards"),
+        ("{tmp}/model --data {shards} --split dev", ".* has no clips in split 'dev': .* are train, valid, test"),
+        ("{tmp}/wide --data {shards}", "audio.sample_rate=16000: .* was packed at 8000 Hz"),
+        ("{tmp}/model --data {shards} --batch_size 0", "batch_size=0: give at least 1"),
+        ("{tmp}/model --data {shards} --batch_size x", "batch_size=x: expected int"),
+        ("{tmp}/model --data {shards} --segment -1", "data.segment=-1: give at least 1 sample"),
+        ("{tmp}/model --splt test", "splt: no such field; did you mean split?"),
+        ("{tmp}/model --data {shards} --out {tmp}/nowhere/a.json", ".*{tmp}/nowhere/a.json"),
+        ("", ".*model"),
+    ],
+)
+def test_wrong_evaluations(call: Call, tiny_shards: Path, tmp_path: Path, options: str, message: str) -> None:
+    """One line that names what is wrong, and exit code 2. Mutation: drop that check."""
+    (tmp_path / "empty").mkdir()
+    config = ModelConfig(d_model=8, n_layers=1)
+    for name, rate in (("model", RATE), ("wide", 16000)):
+        save_model(tmp_path / name, Sashimi(config).state_dict(), to_dict(config), to_dict(AudioConfig(rate)))
+    before = contents(tmp_path)
+    answer = call("launch/evaluate.py", *options.format(tmp=tmp_path, shards=tiny_shards).split())
+    assert answer.code == 2
+    assert re.match("error: " + message.format(tmp=tmp_path), answer.error), answer.error
+    assert contents(tmp_path) == before
+
+
+def readme_commands() -> list[list[str]]:
+    """The words of every command line in the README's code blocks, environment and comments left out."""
+    blocks = re.findall(r"```\n(.*?)```", README, re.DOTALL)
+    lines = [re.split(r" && |#", line)[0].split() for block in blocks for line in block.splitlines()]
+    return [words for words in lines if words and words[0] in ("python", "accelerate", "bash", "tensorboard")]
+
+
+def test_readme_commands_exist(call: Call) -> None:
+    """Each names a script that is there, its options and recipes too. Mutation: rename any option of sample.py."""
+    commands = [words for words in readme_commands() if words[:2] != ["python", "-m"] and words[0] != "tensorboard"]
+    assert len(commands) >= 10
+    helps: dict[str, str] = {}
+    for words in commands:
+        (script,) = [word for word in words if re.search(r"\.(py|sh)$", word)]
+        assert (ROOT / script).is_file(), script
+        for option, value in zip(words, [*words[1:], ""], strict=True):
+            if option in ("--config", "--config_file"):
+                assert (ROOT / value).is_file(), value
+            if option == "--config":
+                assert parse_run_config(["--config", str(ROOT / value)]).name == Path(value).stem
+            if option.startswith("--") and option != "--config_file":
+                helps.setdefault(script, call(script, "--help").out.replace("-", "_"))
+                assert re.search(rf"__{option[2:].replace('-', '_')}\b", helps[script]), (script, option)
+    scripts = ("launch/train.py", "launch/sample.py", "tools/make_shards.py", "tools/check_shards.py")
+    every = " ".join(call(script, "--help").out.replace("-", "_") for script in scripts)
+    for option in re.findall(r"`--([a-z][\w.-]*)", README):
+        assert re.search(rf"__{option.replace('-', '_')}\b", every), option
+
+
+def test_readme_recipes_exist() -> None:
+    """The table lists each recipe and no other. Mutation: rename one."""
+    table = "".join(line.split("|")[1] for line in README.splitlines() if re.match(r"\| `\S+\.yaml", line))
+    shorthand = re.findall(r"`(\S+?)`", table)
+    first = next(name for name in shorthand if name.startswith("youtubemix"))
+    names = {name.replace("-", f"{first[:-5]}-", 1) + ".yaml" if name[0] == "-" else name for name in shorthand}
+    assert names == {path.name for path in (ROOT / "launch/recipes").glob("*.yaml")}
+
+
+def test_readme_python_calls_what_exists() -> None:
+    """Every name and keyword of the snippet. Mutation: rename `n_samples` of `generate`."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+    ours = [c for c in calls if isinstance(c.func, ast.Attribute) and ast.unparse(c.func.value) == "sashimi"]
+    assert len(ours) >= 4
+    for node in ours:
+        assert isinstance(node.func, ast.Attribute)
+        signature = inspect.signature(getattr(sashimi, node.func.attr))
+        signature.bind(*node.args, **{keyword.arg: keyword.value for keyword in node.keywords if keyword.arg})
