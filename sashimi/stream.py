@@ -273,10 +273,10 @@ class TrainingData:
         self.micro_batch = batch_size // (place.world_size * self.accumulation)
         self.train = open_split(data.shards, "train")
         self.segments_per_epoch = n_segments(self.train, data)
+        valid = open_split(data.shards, "valid")
         packed = read_manifest(Path(data.shards))["splits"]
         checksums = [[shard["sha256"] for shard in packed[split]["shards"]] for split in ("train", "valid")]
         self.fingerprint = hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
-        valid = open_split(data.shards, "valid")
         self.valid_batches = eval_batches(valid, data, audio, self.micro_batch, place)
 
     def batches(self, position: int) -> Iterator[Batch]:

@@ -43,6 +43,8 @@ from sashimi.optim import (
 from sashimi.stream import Batch, TrainingData
 from sashimi.tracking import Tracker
 
+_DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -209,8 +211,9 @@ class Trainer:
             scored = sum(int(batch.mask.sum()) for batch in micro_batches)
             count, stop, n_faults = self.dist.sum(scored, self.dist.stop_requested, len(faults))
             if stop or (n_faults and self.data.data.on_damage == "fatal"):
-                # This batch has not been consumed: a resumed run begins with it.
-                if saved != self.state.step and not self.save():
+                # This batch has not been consumed: a resumed run begins with it. Weights that have just given no
+                # finite loss are not worth a checkpoint: an older one is.
+                if saved != self.state.step and not self.state.bad and not self.save():
                     raise InputError(f"{self.folder}: the last save failed, make room; steps after {saved} are lost")
                 if stop:
                     return False
@@ -218,8 +221,10 @@ class Trainer:
 
             self.step(micro_batches, int(count))
             step, last = self.state.step, self.state.step == self.config.steps
-            if self.state.bad and not last:
-                continue  # weights that give no finite loss are not worth keeping
+            if self.state.bad and last:
+                raise InputError(f"no finite loss at the last step, {step}, so it is not saved; {_DIVERGED}")
+            if self.state.bad:
+                continue
             improved = (step % self.config.valid_every == 0 or last) and self.validate()
             listen(self.model if self.ema is None else self.ema.module, step)
             if improved or step % self.config.save_every == 0 or last:
@@ -304,7 +309,7 @@ class Trainer:
             raise InputError(
                 f"no finite loss and gradient in {now.bad} steps up to {now.step}, last gradient norm {norm}; "
                 f"segments of the last one: {', '.join(names) or 'finite losses, only the gradient is not'}; "
-                "lower optim.lr or set optim.clip, and go on with --resume auto"
+                f"{_DIVERGED}"
             )
 
     def validate(self) -> bool:

@@ -193,7 +193,8 @@ def test_one_writer_at_a_time(train: Train, tmp_path: Path, capsys: pytest.Captu
     run = tmp_path / "runs/run"
     train("run", *KEEP)
     tracker = RunTracker(run, TrackConfig(), 12, 20, 40)
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"}
+    files = [run / "metrics.jsonl", run / "best.json", run / "config.yaml", *(run / "checkpoints").rglob("*")]
+    before = [path.stat().st_mtime_ns for path in files]
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit:
         train("run", *KEEP, "--resume", str(run / "checkpoints/step-00000004"))
@@ -201,6 +202,6 @@ def test_one_writer_at_a_time(train: Train, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err.splitlines() == [
         f"error: {run}: another process trains this run; stop it, or take another --name"
     ]
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != ".lock"} == before
+    assert [path.stat().st_mtime_ns for path in files] == before
     tracker.close()
     train("run", *KEEP, "--resume", str(run / "checkpoints/step-00000004"))

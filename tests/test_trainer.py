@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,7 @@ def test_validation_uses_averaged_weights(trainer: Callable[..., Trainer]) -> No
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_listens_to_the_validated_model(trainer: Callable[..., Trainer], ema: float) -> None:
-    """After every step, the averaged model if there is one. Mutation: `listen(self.model, step)`, or before `step`."""
+    """After every step, the averaged model if there is one. Mutation: `listen(self.model, step)`, or `step - 1`."""
     subject = trainer(4, ema=ema)
     heard: list[tuple[torch.nn.Module, int]] = []
     subject.train(Tracker(), lambda model, step: heard.append((model, step)))
@@ -156,7 +156,7 @@ def test_listens_to_the_validated_model(trainer: Callable[..., Trainer], ema: fl
 def test_generated_audio_is_in_tensorboard(train: Train, tmp_path: Path) -> None:
     """Every audio_every steps, each clip at the run's rate and of its length; the training is not disturbed.
 
-    Mutations: drop `tracker.audio` in launch/train.py, or its `Quantizer(...).decode`; swap rate and samples.
+    Mutations: in launch/train.py, drop `tracker.audio` or `Quantizer(...).decode`, or pass `samples` for the rate.
     """
     audio = ["--track.audio_every", "4", "--track.audio_seconds", "0.01", "--track.audio_clips", "2"]
     assert curve(train("audio", *audio)) == curve(train("silent"))
@@ -191,7 +191,7 @@ def steps_in(folder: Path) -> list[int]:
 def test_a_full_disk_does_not_stop_the_run(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A save that fails is said, and the next one is tried. Mutation: `except OSError` with a `raise` at its end."""
+    """A save that fails is said, and the next one is tried. Mutation: `failed = True` becomes `raise`."""
     no_space(monkeypatch, 8)
     lines = train("run", "--train.keep_last", "10")
     assert [line["step"] for line in lines if "train/bits" in line] == list(range(1, 13))
@@ -256,6 +256,30 @@ def test_a_diverged_model_is_not_saved(trainer: Callable[..., Trainer]) -> None:
 
     with pytest.raises(ValueError, match="no finite loss and gradient in 4 steps up to 7"):
         subject.train(Tracker(), ruin)
+    assert steps_in(subject.folder) == [2]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_the_end_of_a_diverged_run_is_not_saved(trainer: Callable[..., Trainer], stop: bool) -> None:
+    """Neither at a request to stop within a bad row nor at the last step: the good checkpoint stays the newest.
+
+    Mutations: drop `and not self.state.bad`, or the error for a bad last step, in `train`.
+    """
+    subject = trainer(4, steps=6, save_every=2, valid_every=100, keep_last=1)
+
+    def ruin(model: torch.nn.Module, step: int) -> None:
+        if step == 3:
+            subject.model.head.bias.data.fill_(float("nan"))
+
+    class Stopper(Tracker):
+        def step(self, step: int, scalars: Mapping[str, float], samples: int, position: int) -> None:
+            subject.dist.stop_requested = stop and step == 5
+
+    if stop:
+        assert not subject.train(Stopper(), ruin)
+    else:
+        with pytest.raises(ValueError, match="no finite loss at the last step, 6, so it is not saved"):
+            subject.train(Stopper(), ruin)
     assert steps_in(subject.folder) == [2]
 
 
