@@ -207,19 +207,22 @@ def test_killed_packing_goes_on_where_it_was(tmp_path: Path, make: Callable[...,
 
     out = tmp_path / "out"
     packing = subprocess.Popen(
-        [*COMMAND, str(tmp_path / "in"), "--out", str(out), *options], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        [*COMMAND, str(tmp_path / "in"), "--out", str(out), *options],
+        env=ENVIRONMENT,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     while len(list(out.glob(".packing/train-*.json"))) < 3:
         assert packing.poll() is None
         time.sleep(0.001)
-    packing.send_signal(signal.SIGKILL)
+    os.killpg(packing.pid, signal.SIGKILL)
     packing.wait()
     done = [out / note.stem for note in out.glob(".packing/train-*.json")]
     before = {path.name: path.stat().st_ino for path in done}
     assert len(before) >= 3
     assert not (out / "manifest.json").exists()
     whole = contents(tmp_path / "whole")
-    assert all(path.read_bytes() == whole[path.name] for path in out.glob("*.tar"))
+    assert all(path.read_bytes() == whole[path.name] for path in out.glob("train-*.tar"))
 
     make(tmp_path / "in", "--out", out, *options)
     assert contents(out) == whole
