@@ -50,8 +50,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.name in ("", ".", "..") or Path(self.name).name != self.name:
             raise InputError(f"name={self.name!r}: must be a plain folder name, such as sc09")
-        if self.seed < 0:
-            raise InputError(f"seed={self.seed}: must be 0 or more")
+        if not 0 <= self.seed < 1 << 63:
+            raise InputError(f"seed={self.seed}: must be from 0 to 2^63 - 1")
         if self.model.levels != 1 << self.audio.bits:
             raise InputError(
                 f"model.levels={self.model.levels}: audio.bits={self.audio.bits} needs {1 << self.audio.bits}"

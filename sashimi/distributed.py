@@ -145,7 +145,7 @@ class Distributed:
 
 def ignore_stop_signals(worker: int) -> None:
     """What a loader's worker does first: a signal to the whole job is for the trainer, which saves and ends them."""
-    for number in STOP_SIGNALS:
+    for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -157,3 +157,6 @@ def run_command(main: Callable[[], None]) -> None:
         rank = os.environ.get("RANK", "0")
         print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what is finished", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)

@@ -96,6 +96,8 @@ def _read(parser: ArgumentParser, file: Path) -> Namespace:
         return parser.parse_path(str(file))
     except ArgumentError as error:
         raise InputError(f"{file}: {_one_line(error, parser)}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: is not a text file; give a YAML file such as launch/recipes/demo.yaml") from None
 
 
 def _instantiate(config_class: type[T], parser: ArgumentParser, namespace: Namespace) -> T:

@@ -17,6 +17,7 @@ import sashimi
 from sashimi.audio import AudioConfig
 from sashimi.checkpoint import save_model
 from sashimi.config import parse_run_config
+from sashimi.distributed import run_command
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.parsing import to_dict
 from sashimi.shard_writer import write_split
@@ -265,3 +266,15 @@ def test_readme_python_calls_what_exists() -> None:
         assert isinstance(node.func, ast.Attribute)
         signature = inspect.signature(getattr(sashimi, node.func.attr))
         signature.bind(*node.args, **{keyword.arg: keyword.value for keyword in node.keywords if keyword.arg})
+
+
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl-C ends a command without a traceback, with the shell's exit code. Mutation: do not catch it."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(interrupted)
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1

@@ -161,6 +161,14 @@ def test_a_wrong_file_is_one_line_that_names_it(tmp_path: Path, text: str, messa
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    """Mutation: drop `except UnicodeDecodeError`."""
+    file = tmp_path / "x.yaml"
+    file.write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match=r"x\.yaml: is not a text file"):
+        parse("--config", str(file))
+
+
 def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     """Attribute docstrings, types and defaults. Mutation: drop set_parsing_settings."""
     with pytest.raises(SystemExit) as stop:
