@@ -196,11 +196,11 @@ def save_model(
 ) -> None:
     """Write a model folder. `source` says where the weights come from; `format` names the class that runs them.
 
-    InputError if `folder` exists and is anything but an empty folder or a model folder, which is replaced.
+    InputError if `folder` exists and is not an empty folder: it may be a checkpoint, with more than weights in it.
     """
     folder = folder.resolve()
-    if folder.exists() and not (folder / "config.json").exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder}: exists and is not a model folder; give another one")
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(f"{folder}: exists and is not empty; delete it or give another one")
     config = {"format": format, "model": dict(model_config), "audio": dict(audio_config), "source": source}
     atomic.write_folder(
         folder, [("model.safetensors", _to_safetensors(tensors)), ("config.json", atomic.to_json(config))]
@@ -209,6 +209,10 @@ def save_model(
 
 def find_model_folder(path: Path) -> Path:
     """The model folder meant by `path`: itself, or for a run folder its best checkpoint, else the newest whole one."""
+    if path.is_file():
+        raise InputError(
+            f"{path}: is a file; give a model folder, which tools/import_checkpoint.py makes of a checkpoint"
+        )
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give a model folder, a checkpoint or a run folder")
     if (path / "config.json").exists():

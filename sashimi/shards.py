@@ -107,7 +107,8 @@ class Split:
     def recording_name(self, recording: int) -> str:
         """Key of a recording, for messages: its number in the plan and the stem of its source file."""
         row = self.index[self.recording_first[recording]]
-        return member_name(self.folder / self.shard_names[row["shard"]], row).rpartition("-")[0]
+        name = member_name(self.folder / self.shard_names[row["shard"]], row)
+        return name.rpartition("-")[0] if name.endswith(".flac") else f"number {recording}"
 
 
 def open_split(folder: str | Path, split: str) -> Split:
@@ -118,15 +119,29 @@ def open_split(folder: str | Path, split: str) -> Split:
     if split not in splits or splits[split]["clips"] == 0:
         filled = ", ".join(name for name in splits if splits[name]["clips"]) or "none"
         raise InputError(f"{folder} has no clips in split {split!r}: splits with clips are {filled}")
+    for shard in splits[split]["shards"]:
+        path = folder / shard["name"]
+        size = path.stat().st_size if path.is_file() else 0
+        if size != shard["bytes"]:
+            raise InputError(
+                f"{path}: has {size} of {shard['bytes']} bytes: restore it, or pack the audio again "
+                f"(`python tools/check_shards.py {folder}` lists all that is wrong)"
+            )
+    names = [shard["name"] for shard in splits[split]["shards"]]
+    index = read_index(folder, split, splits[split]["clips"])
+    return Split(folder, split, manifest["sample_rate"], names, manifest["labels"], index)
+
+
+def read_index(folder: Path, split: str, clips: int) -> np.ndarray:
+    """The index of a split, memory-mapped (clips,) of INDEX_DTYPE. InputError if it is not that."""
     path = folder / f"{split}.npy"
     try:
         index = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: {error}: {_rebuild(folder)}") from error
-    if index.dtype != INDEX_DTYPE or len(index) != splits[split]["clips"]:
+        raise InputError(f"{path}: is missing or damaged: {_rebuild(folder)}") from error
+    if index.dtype != INDEX_DTYPE or len(index) != clips:
         raise InputError(f"{path} does not agree with the manifest: {_rebuild(folder)}")
-    names = [shard["name"] for shard in splits[split]["shards"]]
-    return Split(folder, split, manifest["sample_rate"], names, manifest["labels"], index)
+    return index
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from sashimi.optim import (
 from sashimi.stream import Batch, TrainingData
 from sashimi.tracking import Tracker
 
+_UNREADABLE = "restore the shards and go on with --resume auto"
 _DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
 
 
@@ -196,13 +197,14 @@ class Trainer:
         validation uses after every step, on every rank, to generate and log audio when it likes.
 
         Raises `InputError` if the loss is not finite `max_bad_steps` times in a row (nothing is saved within such a
-        row), after saving if a segment cannot be decoded and that is fatal, and if the last save fails.
+        row), if in as many steps no segment can be decoded, after saving if one cannot and that is fatal, and if the
+        last save fails.
         """
         self.tracker = tracker
         if self.state.step == 0:
             self.validate()
         batches = self.data.batches(self.state.position)
-        saved = self.state.step
+        saved, unscored = self.state.step, 0
         while self.state.step < self.config.steps:
             micro_batches = [next(batches) for _ in range(self.data.accumulation)]
             faults = [fault for batch in micro_batches for fault in batch.faults]
@@ -218,6 +220,10 @@ class Trainer:
                 if stop:
                     return False
                 raise InputError(f"data.on_damage=fatal, stopped and saved: {'; '.join(self.dist.gather(faults))}")
+            unscored = 0 if count else unscored + 1
+            if unscored == self.config.max_bad_steps:
+                found = "; ".join(self.dist.gather(faults)[:1])
+                raise InputError(f"no segment of {unscored} steps could be decoded, such as {found}; {_UNREADABLE}")
 
             self.step(micro_batches, int(count))
             step, last = self.state.step, self.state.step == self.config.steps

@@ -265,6 +265,7 @@ def test_a_saved_model_loads_and_runs(tmp_path: Path) -> None:
     inputs = torch.randint(256, (1, 30))
     assert torch.equal(loaded(inputs), model(inputs))
     assert checkpoint.load_model_folder(folder)[1]["source"] == {"from": "test"}
+    shutil.rmtree(folder)
     export(folder, seed=1)
     assert not torch.equal(checkpoint.load_model(folder)(inputs), model(inputs))
 
@@ -276,18 +277,23 @@ def test_an_imported_format_finds_its_class(tmp_path: Path, format: str) -> None
     sections = parsing.to_dict(MODEL), parsing.to_dict(AudioConfig())
     checkpoint.save_model(tmp_path / "model", weights, *sections, format=format)
     assert type(checkpoint.load_model(tmp_path / "model")) is type(legacy.build(format, MODEL))
-    checkpoint.save_model(tmp_path / "model", weights, *sections, format="other")
+    checkpoint.save_model(tmp_path / "other", weights, *sections, format="other")
     with pytest.raises(InputError, match="format='other'"):
-        checkpoint.load_model(tmp_path / "model")
+        checkpoint.load_model(tmp_path / "other")
 
 
-def test_only_a_model_folder_is_replaced(tmp_path: Path) -> None:
-    """Mutation: drop the check; a mistyped --out then deletes somebody's folder."""
+def test_an_export_replaces_nothing(tmp_path: Path) -> None:
+    """Neither foreign files nor a checkpoint, with the optimizer state in it, nor another model.
+
+    Mutation: drop the check, or let a folder with a config.json be replaced.
+    """
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="not a model folder"):
-        export(tmp_path)
-    with pytest.raises(InputError, match="not a model folder"):
-        export(tmp_path / "notes.txt")
+    taken = [tmp_path, tmp_path / "notes.txt", save(tmp_path / "checkpoints", 5), tmp_path / "model"]
+    export(taken[-1])
+    for path in taken:
+        with pytest.raises(InputError, match="exists and is not empty; delete it or give another one"):
+            export(path, seed=1)
+    assert not checkpoint.atomic.faults(taken[2])
     assert (tmp_path / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     export(tmp_path / "empty")

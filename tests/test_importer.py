@@ -446,7 +446,7 @@ def test_tensors_that_do_not_fit(key: str, value: Tensor | None, message: str, t
     ("arguments", "message"),
     [
         ([V4], "--out is missing"),
-        ([V4, "--out", "{tmp}/taken"], "exists and is not a model folder"),
+        ([V4, "--out", "{tmp}/taken"], "exists and is not empty"),
         ([V4, "--out", "{tmp}/out", "--quantizer", "alaw"], "quantizer"),
         (["{tmp}/three-hundred.pt", "--out", "{tmp}/out"], "300 levels are no power of two"),
         (["{tmp}/missing.pt", "--out", "{tmp}/out"], "missing.pt: no such file"),

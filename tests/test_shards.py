@@ -1,8 +1,10 @@
 """The shard format, laws 10 and 11: what is packed is read back exactly, by us and by others; damage is named."""
 
 import json
+import os
 import pickle
 import re
+import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -232,3 +234,18 @@ def test_one_rate_a_folder(split: Split) -> None:
         writer.add("fast", [recording(10)])
     with pytest.raises(InputError, match=r"sample rates \[8000, 16000\]"):
         seal(split.folder, {})
+
+
+@pytest.mark.parametrize("left", [None, 0, 1000])
+def test_a_lost_or_cut_shard_is_refused_when_opened(split: Split, tmp_path: Path, left: int | None) -> None:
+    """Before training could mask its segments one by one. Mutation: drop the loop over shards in `open_split`."""
+    shutil.copytree(split.folder, tmp_path / "cut")
+    shard = tmp_path / "cut/train-000001.tar"
+    whole = shard.stat().st_size
+    if left is None:
+        shard.unlink()
+    else:
+        os.truncate(shard, left)
+    with pytest.raises(InputError, match=rf"train-000001\.tar: has {left or 0} of {whole} bytes: restore it"):
+        open_split(tmp_path / "cut", "train")
+    open_split(tmp_path / "cut", "valid")

@@ -279,12 +279,14 @@ def test_law_8_a_damaged_segment_is_masked_and_named_and_leaves_the_others_alone
 
 
 def test_a_missing_shard_is_a_fault_of_its_segments_alone(split: Split, tmp_path: Path) -> None:
-    """Mutation: in `Segments`, catch nothing."""
+    """Lost after the split was opened. Mutation: in `Segments`, catch nothing."""
     shutil.copytree(split.folder, tmp_path / "noise")
+    opened = open_split(tmp_path / "noise", "train")
     (tmp_path / "noise" / "train-000000.tar").unlink()
-    batch = Segments(open_split(tmp_path / "noise", "train"), DATA, AUDIO, seed=None)[np.arange(10)]
+    batch = Segments(opened, DATA, AUDIO, seed=None)[np.arange(10)]
     assert (~batch.mask.any(dim=1)).tolist() == [True] * 6 + [False] * 4
     assert len(batch.faults) == 6
+    assert "recording number 0, samples" in batch.faults[0]
 
 
 def test_describe_segment_names_the_recording_and_its_samples(split: Split) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -344,3 +345,21 @@ def test_damaged_segment(train: Train, tiny_shards: Path, tmp_path: Path, capsys
     steps = [int(path.name[5:]) for path in (tmp_path / "runs/fatal/checkpoints").iterdir()]
     assert steps
     assert max(steps) < 12
+
+
+def test_lost_shards_stop_the_run(trainer: Callable[..., Trainer], tiny_shards: Path, tmp_path: Path) -> None:
+    """Where nothing can be decoded any more, max_bad_steps later the run ends and says why; it does not "finish".
+
+    Mutation: drop the error for `unscored`.
+    """
+    subject = trainer(4, steps=20, save_every=2, valid_every=100, max_bad_steps=3)
+    subject.data.train.folder = Path(shutil.copytree(tiny_shards, tmp_path / "lost"))
+
+    def lose(model: torch.nn.Module, step: int) -> None:
+        if step == 4:
+            shutil.rmtree(tmp_path / "lost")
+
+    with pytest.raises(ValueError, match=r"no segment of 3 steps could be decoded, such as .*\.tar.*--resume auto"):
+        subject.train(Tracker(), lose)
+    assert subject.state.step == 6
+    assert subject.state.bad == 0

@@ -17,8 +17,8 @@ from sashimi.shards import (
     SPLITS,
     DamagedMember,
     member_name,
-    open_split,
     read_clip,
+    read_index,
     read_manifest,
     scan_shard,
 )
@@ -79,7 +79,7 @@ def _verify_split(folder: Path, split: str, manifest: dict[str, Any]) -> Census:
     census = Census()
     index = None
     try:
-        index = open_split(folder, split).index if about["clips"] else np.empty(0, INDEX_DTYPE)
+        index = read_index(folder, split, about["clips"]) if about["clips"] else np.empty(0, INDEX_DTYPE)
     except InputError as error:
         census.faults.append(str(error))
     names = [shard["name"] for shard in about["shards"]]
