@@ -5,8 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sashimi.audio import AudioConfig
-from sashimi.checkpoint import find_model_folder, load_model, read_config
+from sashimi.checkpoint import find_model_folder, load_model, read_audio_config, read_config
 from sashimi.distributed import Distributed, run_command
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample
@@ -40,11 +39,13 @@ def main() -> None:
     dist = Distributed()
     folder = find_model_folder(Path(config.model))
     saved = read_config(folder)
+    if config.out and not Path(config.out).absolute().parent.is_dir():
+        raise InputError(f"out={config.out}: there is no such folder; make it or give another file")
     if config.data is None and "data" not in saved:
         raise InputError(f"{folder}: does not say what it was trained on; name the shards with --data")
     data = build(DataConfig, saved.get("data", {}), str(folder))
     data = replace(data, shards=config.data or data.shards, segment=config.segment or data.segment)
-    audio = build(AudioConfig, saved["audio"], str(folder))
+    audio = read_audio_config(folder)
     split = open_split(data.shards, config.split)
     place = Place(dist.rank, dist.world_size, dist.device.type == "cuda")
     batches = eval_batches(split, data, audio, config.batch_size, place)

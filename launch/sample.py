@@ -6,11 +6,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sashimi.audio import AudioConfig
-from sashimi.checkpoint import find_model_folder, load_model, read_config
+from sashimi.checkpoint import find_model_folder, load_model, read_audio_config
 from sashimi.clips import Progress, SampleConfig, sample_to_folder
 from sashimi.distributed import Distributed, run_command
-from sashimi.parsing import build, parse
+from sashimi.parsing import parse
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def main() -> None:
     dist = Distributed(timeout_minutes=7 * 24 * 60)  # a rank may have a whole batch less to do than another
     folder = find_model_folder(Path(config.model))
     model = load_model(folder, dist.device)
-    audio = build(AudioConfig, read_config(folder)["audio"], str(folder))
+    audio = read_audio_config(folder)
     run = folder.parents[1] if folder.parent.name == "checkpoints" else Path()
     out = Path(config.out) if config.out else run / "samples"
     if dist.is_main and (idle := dist.world_size - config.batches) > 0:

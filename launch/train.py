@@ -34,8 +34,7 @@ def main() -> None:
         compare_configs(checkpoint.config, to_dict(config))
     elif config.init_from:
         weights, folder_config = load_model_folder(Path(config.init_from))
-        config = adopt_model(config, folder_config, config.init_from)
-        note(f"model, quantizer and bits are those of {config.init_from}, whatever the recipe says")
+        config = adopt_model(config, folder_config, config.init_from, note)
 
     torch.manual_seed(config.seed)
     model = Sashimi(config.model)

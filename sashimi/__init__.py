@@ -1,8 +1,17 @@
 """Sashimi: raw-audio state-space models, trained and sampled on many GPUs."""
 
 from sashimi.audio import AudioConfig, Quantizer, write_wav
-from sashimi.checkpoint import load_model
+from sashimi.checkpoint import load_model, read_audio_config
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.sampler import generate
 
-__all__ = ["AudioConfig", "ModelConfig", "Quantizer", "Sashimi", "generate", "load_model", "write_wav"]
+__all__ = [
+    "AudioConfig",
+    "ModelConfig",
+    "Quantizer",
+    "Sashimi",
+    "generate",
+    "load_model",
+    "read_audio_config",
+    "write_wav",
+]

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sashimi import atomic, parsing
+from sashimi.audio import AudioConfig
 from sashimi.errors import InputError
 from sashimi.foreign import legacy
 from sashimi.model import ModelConfig, Sashimi
@@ -172,7 +173,14 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Non
     """InputError if a run may not resume: model, audio, data or seed differ. Both are run configs as JSON objects.
 
     What only changes speed may differ: the kernel algorithm, the loader's workers and prefetch, the damage policy.
+    Weights to start from (init_from) must be those that the run did start from.
     """
+    start = current.get("init_from")
+    if start is not None and start != saved.get("init_from"):
+        raise InputError(
+            f"init_from={start}: this run exists and did not start there; give a new --name to start from it, "
+            "or leave it out to go on"
+        )
     for section in FIXED_ON_RESUME:
         old, new = _flatten(section, saved.get(section)), _flatten(section, current.get(section))
         for field in sorted(old.keys() | new.keys()):
@@ -237,6 +245,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), dict):
             raise InputError(f'{folder / "config.json"}: "{key}" is missing or not an object')
     return config
+
+
+def read_audio_config(path: str | Path) -> AudioConfig:
+    """How the levels of a model folder's, checkpoint's or run's model are audio: sample rate, quantizer, bits."""
+    folder = find_model_folder(Path(path))
+    return parsing.build(AudioConfig, read_config(folder)["audio"], str(folder / "config.json"))
 
 
 def load_model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

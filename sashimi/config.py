@@ -1,6 +1,6 @@
 """RunConfig: everything that defines a run, composed of the configs that live beside the code that reads them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,17 +79,30 @@ def save_config(config: RunConfig, file: Path) -> None:
     atomic.write_file(file, yaml.safe_dump(parsing.to_dict(config), sort_keys=False).encode())
 
 
-def adopt_model(config: RunConfig, folder_config: Mapping[str, Any], where: str) -> RunConfig:
+def adopt_model(
+    config: RunConfig, folder_config: Mapping[str, Any], where: str, log: Callable[[str], None] = lambda text: None
+) -> RunConfig:
     """`config` with the model and quantizer of a model folder's config.json, for a run that starts from its weights.
 
-    The sample rate stays the shards' own, and dropout this run's choice. InputError if that model only runs.
+    The sample rate stays the shards' own, and dropout this run's choice. What else differs from `config` is logged.
+    InputError if that model only runs.
     """
     if folder_config.get("format", "sashimi") != "sashimi":
         raise InputError(f"{where}: a model of format {folder_config['format']} can be sampled, not trained")
     model = parsing.build(ModelConfig, folder_config["model"], where)
     audio = parsing.build(AudioConfig, folder_config["audio"], where)
-    return replace(
+    adopted = replace(
         config,
         model=replace(model, dropout=config.model.dropout),
         audio=replace(audio, sample_rate=config.audio.sample_rate),
     )
+    before, after = parsing.to_dict(config), parsing.to_dict(adopted)
+    changed = [
+        f"{section}.{name}={value} instead of {before[section][name]}"
+        for section in ("model", "audio")
+        for name, value in after[section].items()
+        if value != before[section][name]
+    ]
+    if changed:
+        log(f"{where} decides: {', '.join(changed)}")
+    return adopted

@@ -150,13 +150,31 @@ def ignore_stop_signals(worker: int) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; what its user can mend (bad input, a full disk) becomes one line on stderr and exit code 2."""
+    """Run a command; what its user can mend becomes one line on stderr and exit code 2.
+
+    That is bad input, files and folders that cannot be used, and too little memory.
+    """
     try:
         main()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, RuntimeError) as error:
+        line = _mendable(error)
+        if line is None:
+            raise
         rank = os.environ.get("RANK", "0")
-        print(f"error: {error}" if rank == "0" else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is finished", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+
+
+def _mendable(error: Exception) -> str | None:
+    """One line for the user, or None if the error is ours."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; give another path, make room or mend its permissions"
+    if isinstance(error, InputError | OSError):
+        return str(error)
+    # torch.OutOfMemoryError on a GPU; a plain RuntimeError of the allocator on a CPU.
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return "out of memory: lower train.micro_batch or data.segment, or --batch-size where there is one"
+    return None

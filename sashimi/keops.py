@@ -68,7 +68,7 @@ def _compiled(dtype: torch.dtype, device: str) -> Any:
         if error.name not in ("pykeops", "pykeops.torch"):
             raise _not_compiled(error) from error
         raise InputError(
-            "model.kernel=cauchy_keops needs PyKeOps: pip install 'sashimi[keops]', or choose kernel=krylov"
+            "model.kernel=cauchy_keops needs PyKeOps: pip install pykeops, or choose kernel=krylov"
         ) from error
     except (ImportError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise _not_compiled(error) from error

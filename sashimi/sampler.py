@@ -155,8 +155,8 @@ def generate(
 
         model = sashimi.load_model("runs/demo")
         ids = sashimi.generate(model, n_samples=64000, clips=range(4), seed=0)
-        quantizer = sashimi.Quantizer(sashimi.AudioConfig())  # as "audio" in the model folder's config.json says
-        sashimi.write_wav("clip.wav", quantizer.decode(ids[0]), sample_rate=16000)
+        config = sashimi.read_audio_config("runs/demo")
+        sashimi.write_wav("clip.wav", sashimi.Quantizer(config).decode(ids[0]), config.sample_rate)
 
     Args:
         seed, temperature, top_k, top_p: see `Drawing`.

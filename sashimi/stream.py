@@ -165,7 +165,7 @@ class Segments(Dataset[Batch]):
         if split.sample_rate != audio.sample_rate:
             raise InputError(
                 f"audio.sample_rate={audio.sample_rate}: {split.folder} was packed at {split.sample_rate} Hz; "
-                f"set audio.sample_rate to {split.sample_rate} or pack it again with --sample-rate"
+                f"pack it again with --sample-rate {audio.sample_rate}, or train with that audio.sample_rate"
             )
         self.split = split
         self.data = data

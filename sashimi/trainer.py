@@ -201,6 +201,11 @@ class Trainer:
         last save fails.
         """
         self.tracker = tracker
+        if self.dist.is_main:
+            size, place = sum(p.numel() for p in self.parameters), f"{self.dist.world_size} x {self.dist.device.type}"
+            tracker.note(
+                f"from step {self.state.step}: {size:,} parameters on {place}, precision {self.dist.precision}"
+            )
         if self.state.step == 0:
             self.validate()
         batches = self.data.batches(self.state.position)
@@ -219,7 +224,8 @@ class Trainer:
                     raise InputError(f"{self.folder}: the last save failed, make room; steps after {saved} are lost")
                 if stop:
                     return False
-                raise InputError(f"data.on_damage=fatal, stopped and saved: {'; '.join(self.dist.gather(faults))}")
+                found = "; ".join(self.dist.gather(faults))
+                raise InputError(f"data.on_damage=fatal stopped after step {self.state.step}: {found}; {_UNREADABLE}")
             unscored = 0 if count else unscored + 1
             if unscored == self.config.max_bad_steps:
                 found = "; ".join(self.dist.gather(faults)[:1])

@@ -38,7 +38,7 @@ ARROWS: dict[str, set[str]] = {
     # training and its records
     "optim": set(),
     "tracking": {"atomic"},
-    "checkpoint": {"atomic", "foreign.legacy", "model", "parsing"},
+    "checkpoint": {"atomic", "audio", "foreign.legacy", "model", "parsing"},
     "distributed": set(),
     "trainer": {"checkpoint", "distributed", "loss", "optim", "stream", "tracking"},
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},

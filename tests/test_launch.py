@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import RATE, ROOT, TINY, command, curve, metrics
 
 import sashimi
 from sashimi.audio import AudioConfig
-from sashimi.checkpoint import save_model
+from sashimi.checkpoint import read_audio_config, save_model
 from sashimi.config import parse_run_config
 from sashimi.distributed import run_command
 from sashimi.model import ModelConfig, Sashimi
@@ -278,3 +279,38 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         run_command(interrupted)
     assert stop.value.code == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (OSError(20, "Not a directory", "a/b"), "a/b: Not a directory; give another path"),
+        (OSError("no name"), "no name"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: lower train.micro_batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: lower train.micro_batch"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(raised: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And our own errors keep their traceback. Mutation: return str(error) for any error in `_mendable`."""
+
+    def fails() -> None:
+        raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(fails)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
+
+    def breaks() -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError):
+        run_command(breaks)
+
+
+def test_audio_config_comes_with_the_model(tmp_path: Path) -> None:
+    """Of a model folder. Mutation: return AudioConfig()."""
+    audio = AudioConfig(sample_rate=22050, quantizer="linear", bits=10)
+    model = Sashimi(ModelConfig(levels=1024, d_model=4, n_layers=1))
+    save_model(tmp_path / "model", model.state_dict(), to_dict(model.config), to_dict(audio))
+    assert read_audio_config(tmp_path / "model") == audio

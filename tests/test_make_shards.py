@@ -314,7 +314,8 @@ def test_shipped_corpus_is_whole(check: Callable[..., tuple[int, str]]) -> None:
         (["in", "--out", "out", "--processes", "-1"], "processes=-1: give"),
         (["in", "--out", "out", "--chunk-second", "3"], "chunk_second: no such field; did you mean chunk_seconds?"),
         (["in", "--out", "in/0.wav"], "in/0.wav: Not a directory: make room or choose another --out"),
-        (["in", "--out", "other"], "other: holds shards of other files or settings"),
+        (["in", "--out", "other"], "other: is not empty and holds no shards to go on with"),
+        (["in", "--out", "in"], "in: is not empty and holds no shards to go on with"),
         (["silent", "--out", "out"], "out: no file of train can be packed; 0.wav: silent"),
     ],
 )

@@ -205,3 +205,28 @@ def test_one_writer_at_a_time(train: Train, tmp_path: Path, capsys: pytest.Captu
     assert [path.stat().st_mtime_ns for path in files] == before
     tracker.close()
     train("run", *KEEP, "--resume", str(run / "checkpoints/step-00000004"))
+
+
+def test_init_from_is_not_ignored_where_a_run_exists(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that began otherwise is not taken for the fine-tuning that was asked for.
+
+    Mutation: drop the check of init_from in `compare_configs`.
+    """
+    train("run", "--train.steps", "2")
+    train("other", "--train.steps", "2")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train("other", "--init_from", str(tmp_path / "runs/run"), "--train.steps", "4")
+    assert "this run exists and did not start there; give a new --name" in capsys.readouterr().err
+    assert metrics(tmp_path / "runs/other")[-1]["step"] == 2
+
+
+def test_init_from_says_what_it_decides(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the recipe or the command line asked for. Mutation: do not hand `note` to `adopt_model`."""
+    train("run", "--train.steps", "1")
+    asked = ["--model.d_model", "4", "--audio.quantizer", "linear"]
+    train("tuned", "--init_from", str(tmp_path / "runs/run"), "--train.steps", "1", *asked)
+    decided = "decides: model.d_model=8 instead of 4, audio.quantizer=mu-law instead of linear"
+    assert decided in capsys.readouterr().err

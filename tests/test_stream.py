@@ -334,7 +334,10 @@ def test_wrong_settings_are_refused_by_name(fields: dict[str, object], message: 
 
 
 def test_wrong_use_is_refused_by_name(split: Split) -> None:
-    with pytest.raises(InputError, match=r"audio.sample_rate=16000: .* packed at 8000 Hz; set audio.sample_rate"):
+    with pytest.raises(
+        InputError,
+        match=r"audio.sample_rate=16000: .* packed at 8000 Hz; pack it again with --sample-rate 16000, or",
+    ):
         Segments(split, DATA, AudioConfig(), SEED)
     with pytest.raises(InputError, match="batch_size=5: must be a multiple of world_size 2"):
         train_batches(split, DATA, AUDIO, SEED, 0, 5, None, Place(0, 2))

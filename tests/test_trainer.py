@@ -341,7 +341,7 @@ def test_damaged_segment(train: Train, tiny_shards: Path, tmp_path: Path, capsys
     assert "train-000001.tar" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train("fatal", *shards, "--data.on_damage", "fatal")
-    assert "error: data.on_damage=fatal, stopped and saved: " in capsys.readouterr().err
+    assert "error: data.on_damage=fatal stopped after step " in capsys.readouterr().err
     steps = [int(path.name[5:]) for path in (tmp_path / "runs/fatal/checkpoints").iterdir()]
     assert steps
     assert max(steps) < 12

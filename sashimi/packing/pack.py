@@ -173,8 +173,8 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
     with _mendable(out):
         if (state / MANIFEST).exists():
             _refuse_others(out, read_json(state / MANIFEST).get("plan"), plan)
-        elif any(out.glob("*.tar")):
-            _refuse_others(out, None, plan)
+        elif out.is_dir() and any(path.name != STATE for path in out.iterdir()):
+            raise InputError(f"{out}: is not empty and holds no shards to go on with: choose another --out")
         state.mkdir(parents=True, exist_ok=True)
         write_json(state / MANIFEST, {"plan": plan.checksum})
         _pack_shards(config, plan)
@@ -195,7 +195,7 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
 
 def _refuse_others(out: Path, checksum: str | None, plan: Plan) -> None:
     if checksum != plan.checksum:
-        raise InputError(f"{out}: holds shards of other files or settings: choose another --out or delete it")
+        raise InputError(f"{out}: holds shards of other files or settings: choose another --out, or delete it first")
 
 
 def _refuse_empty(out: Path, plan: Plan, faults: dict[str, str]) -> None:

@@ -92,7 +92,10 @@ def find_sources(config: SourceConfig) -> list[Source]:
         expected = []
     for split in expected:
         if split not in splits.values():
-            raise InputError(f"{root}: none of {len(names)} files is left for {split}: change --split or add files")
+            raise InputError(
+                f"{root}: none of {len(names)} files is left for {split}: add files, or divide them otherwise, "
+                "with --fractions 60 20 20, say, or another --split"
+            )
     return [Source(files[name], name, splits[name]) for name in names]
 
 
