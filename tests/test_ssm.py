@@ -274,12 +274,12 @@ def test_keops_without_compiler_says_so(tmp_path: Path) -> None:
 
 
 def test_keops_missing_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without PyKeOps the answer is one line that names the extra. Mutation: `if error.name not in …` -> `if True`."""
+    """Without PyKeOps one line says what to install. Mutation: `if error.name not in …` -> `if True`."""
     monkeypatch.setenv("KEOPS_CACHE_FOLDER", str(tmp_path))
     monkeypatch.setitem(sys.modules, "pykeops", None)
     monkeypatch.delitem(sys.modules, "pykeops.torch", raising=False)
     keops._lock.cache_clear()
-    with pytest.raises(InputError, match=r"needs PyKeOps: pip install 'sashimi\[keops\]', or choose kernel=krylov$"):
+    with pytest.raises(InputError, match=r"needs PyKeOps: pip install pykeops, or choose kernel=krylov$"):
         layer(kernel="cauchy_keops").kernel(5)
     keops._lock.cache_clear()
 
