@@ -4,6 +4,7 @@
 are not given to Accelerate: it would divide the data again, step the schedule once a process, and rescale the loss.
 """
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -152,20 +153,47 @@ def ignore_stop_signals(worker: int) -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; what its user can mend becomes one line on stderr and exit code 2.
 
-    That is bad input, files and folders that cannot be used, and too little memory.
+    That is bad input, files and folders that cannot be used, and too little memory. A rank that has lost another one
+    says so in one line and leaves at once with exit code 1.
     """
     try:
         main()
     except (InputError, OSError, RuntimeError) as error:
+        if _is_lost_peer(error):
+            reason = str(error).splitlines()[0].partition(" This is typically")[0]
+            _report(
+                f"lost another process ({reason}), see its own message; the same command goes on from what is saved"
+            )
+            _end_workers()
+            os._exit(1)  # the process group can neither go on nor be left in order
         line = _mendable(error)
         if line is None:
             raise
-        rank = os.environ.get("RANK", "0")
-        print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
+        _report(line)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is finished", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+    finally:
+        _end_workers()
+
+
+def _report(line: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
+
+
+def _end_workers() -> None:
+    """Loaders' workers that an error left behind ignore SIGTERM, so the interpreter would wait for them for ever."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether a collective failed. NCCL and the store have exceptions of their own, gloo has only its message."""
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
 
 
 def _mendable(error: Exception) -> str | None:
