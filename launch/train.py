@@ -1,6 +1,7 @@
 """Train: accelerate launch launch/train.py --config launch/recipes/NAME.yaml [--any.field value] [--dry-run]."""
 
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,9 +68,8 @@ def main() -> None:
                 ids = [generate(model, samples, [i], seed=config.seed)[0] for i in own]
                 tracker.audio(step, dist.gather([Quantizer(config.audio).decode(clip) for clip in ids]), rate)
 
-    with dist.stop_signals():
+    with closing(tracker), dist.stop_signals():
         complete = trainer.train(tracker, listen)
-    tracker.close()
     note(f"{'done' if complete else 'stopped by a signal; go on with --resume auto'}: {config.folder}")
     dist.close()
 

@@ -164,7 +164,6 @@ def run_command(main: Callable[[], None]) -> None:
             _report(
                 f"lost another process ({reason}), see its own message; the same command goes on from what is saved"
             )
-            _end_workers()
             os._exit(1)  # the process group can neither go on nor be left in order
         line = _mendable(error)
         if line is None:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import resource
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +58,19 @@ def train(
         return metrics(tmp_path / "runs" / name)
 
     return run
+
+
+@contextmanager
+def disk_of(size: int) -> Iterator[None]:
+    """Within: writing a file beyond `size` bytes fails with a true OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def command(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

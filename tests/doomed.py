@@ -1,7 +1,8 @@
 """launch/train.py with a record of the segments it consumes, and SIGKILL at a given place.
 
 DOOM: "step 7 1" kills rank 1 in the backward pass of its 7th step, "valid 3 0" in its 3rd batch of validation data,
-"save 2 all" the launcher and all ranks half-way through the 2nd write of optimizer state; "" nothing.
+"save 2 all" the launcher and all ranks half-way through the 2nd write of optimizer state. "bug 3 0" is an error of
+our own in rank 0's 3rd backward pass; "" nothing.
 RECORD: a folder; each rank appends lines [attempt, step, segment ids] to its file there. ATTEMPT: their first number.
 """
 
@@ -20,7 +21,7 @@ from sashimi.distributed import Distributed
 
 PLACE, COUNT, WHO = (os.environ.get("DOOM") or "nowhere 0 none").split()
 RANK = os.environ.get("RANK", "0")
-visits = dict.fromkeys(("step", "valid", "save"), 0)
+visits = dict.fromkeys(("step", "valid", "save", "bug"), 0)
 
 
 def pass_by(place: str) -> bool:
@@ -49,6 +50,8 @@ backward, forward, write, step = (
 def doomed_backward(self: Distributed, loss: torch.Tensor) -> None:
     if pass_by("step"):
         die()
+    if pass_by("bug"):
+        raise ArithmeticError("a bug")
     backward(self, loss)
 
 

@@ -2,32 +2,18 @@
 
 import multiprocessing
 import os
-import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import disk_of
 
 from sashimi import atomic
 from sashimi.errors import InputError
 
 FILES = [("a.bin", b"a" * 100_000), ("b.json", b"{}")]
-
-
-@contextmanager
-def disk_of(size: int) -> Iterator[None]:
-    """Within: writing a file beyond `size` bytes fails with a true OSError, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def write_for_ever(parent: Path) -> None:

@@ -81,7 +81,7 @@ def test_killed_resumed_on_other_ranks_killed_again(tiny_shards: Path, tmp_path:
     The trainer has consumed each segment of an epoch once; the curve is the uninterrupted run's.
 
     Mutations: `rank_positions(start, ...)` with `start + 1` from step 20 on; `saved.position` 4 segments less;
-    no `cut_back`; no `purge_step`; no `_end_workers` in `run_command`.
+    no `cut_back`; no `purge_step`; `_is_lost_peer` is always False.
     """
     whole = start(1, arguments(tmp_path, tiny_shards, "whole", 0), tmp_path / "of-whole")
     stderr = whole.communicate(timeout=240)[1]
@@ -109,11 +109,21 @@ def test_killed_resumed_on_other_ranks_killed_again(tiny_shards: Path, tmp_path:
     assert set(range(n)) <= {i for step in steps[: n // BATCH + 1] for i in step}
 
 
+def test_an_error_of_ours_ends_the_process(tiny_shards: Path, tmp_path: Path) -> None:
+    """With its traceback, and without waiting for the loaders' workers. Mutation: in `_end_workers`, no `kill`."""
+    argv = arguments(tmp_path, tiny_shards, "run", 1)
+    process = start(1, argv, tmp_path / "record", doom="bug 3 0")
+    stderr = process.communicate(timeout=240)[1]
+    assert process.returncode == 1
+    assert "ArithmeticError: a bug" in stderr
+    assert "Traceback" in stderr
+
+
 def lines_of(log: Path) -> int:
     return len(log.read_bytes().splitlines()) if log.exists() else 0
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=[pytest.mark.soak, pytest.mark.timeout(3000)])])
 def test_killed_at_random_moments(tiny_shards: Path, tmp_path: Path, kills: int) -> None:
     """Laws 12 and 14: whatever is killed and whenever, a run of two ranks ends as if nothing had been.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command, curve, metrics
+from conftest import command, curve, disk_of, metrics
 from safetensors.torch import load_file
 
 from sashimi.shard_writer import write_split
@@ -36,6 +36,26 @@ def test_resume_is_no_interruption(train: Train, tmp_path: Path, extra: tuple[st
         second = load_file(folder / "step-00000012" / f"{name}.safetensors")
         assert first.keys() == second.keys()
         assert all(first[key].equal(second[key]) for key in first)
+
+
+def test_a_full_disk_costs_no_checkpoint(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Law 14 on a disk that fills up: every failed save is said, training goes on to the end, which is an error; what
+    was saved before stands, and once there is room the run goes on from it as if nothing had been.
+
+    Mutation: in `save`, no `except OSError`.
+    """
+    unbroken = train("unbroken")
+    train("run", "--train.steps", "4")
+    capsys.readouterr()
+    with disk_of(40_000), pytest.raises(SystemExit) as exit:
+        train("run")
+    assert exit.value.code == 2
+    said = capsys.readouterr().err
+    for step in (8, 12):
+        assert f"step {step} is NOT SAVED: [Errno 27] File too large" in said
+    assert "the last save failed, make room; steps after 4 are lost" in said
+    assert [path.name for path in (tmp_path / "runs/run/checkpoints").iterdir()] == ["step-00000004"]
+    assert curve(train("run")) == curve(unbroken)
 
 
 def test_resume_auto_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
