@@ -27,7 +27,7 @@ from sashimi import atomic
 from sashimi.audio import AudioConfig, Quantizer, iter_audio, read_header, write_wav
 from sashimi.errors import InputError
 from sashimi.model import Sashimi
-from sashimi.sampler import Drawing, Generator, MakeEngine, batches_of, plain_engine
+from sashimi.sampler import Drawing, Generator, batches_of, make_engine
 
 PARTS = ".parts"  # folder of finished clips' lines while a command runs
 _PROVENANCE = ("model", "prompt")  # settings that only say where something came from; checksums say what it is
@@ -100,7 +100,6 @@ def sample_to_folder(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     *,
-    engine: MakeEngine = plain_engine,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Summary | None:
     """Make those of clips 0 … config.clips − 1 that `folder` lacks. Every rank calls it; rank 0 gets the summary.
@@ -119,8 +118,9 @@ def sample_to_folder(
     if config.prompt is not None:
         sound = read_prompt(Path(config.prompt), config.prompt_seconds, audio.sample_rate, config.resample_prompt)
         prompt = quantizer.encode(sound)
-    settings = agree(folder, settings_of(model, model_name, audio, config, prompt, engine.__name__))
-    generator = Generator(model, config, prompt, engine)
+    engine = make_engine(model, config)
+    settings = agree(folder, settings_of(model, model_name, audio, config, prompt, engine.name))
+    generator = Generator(model, config, engine, prompt)
     barrier()
 
     (folder / PARTS).mkdir(parents=True, exist_ok=True)

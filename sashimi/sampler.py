@@ -7,11 +7,12 @@ has the same bits whoever computes it, in whatever order, in one go or after an 
 Shapes: **B** batch, **L** samples, **V** levels.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch.nn.utils import parametrize
 
 from sashimi.errors import InputError
 from sashimi.model import Sashimi, SashimiState
+from sashimi.native.engine import Native
+from sashimi.native.library import Unavailable
 
 _BLOCK = 512  # samples an engine is asked for at a time
 _UNIT = 1 << 52  # probability 1 as an integer
@@ -27,16 +30,14 @@ _UNIT = 1 << 52  # probability 1 as an integer
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """logits (B, V), uniforms (B,) -> ids (B,), nats (B,)."""
 
-Engine = Callable[[Tensor, SashimiState, Tensor], tuple[Tensor, Tensor, SashimiState]]
-"""ids (B,) of the sample before, state, uniforms (B, L) -> ids (B, L), nats (B, L), state. A pure function."""
 
+class Engine(Protocol):
+    """Computes samples of a model, as it was when the engine was made; a pure function. Its name goes into files."""
 
-class MakeEngine(Protocol):
-    """Prepares (compiles, captures) an engine for a model and a way of choosing. Its name goes into settings files."""
+    name: str
 
-    __name__: str
-
-    def __call__(self, model: Sashimi, choose: Choose, /) -> Engine: ...
+    def __call__(self, inputs: Tensor, state: SashimiState, uniforms: Tensor) -> tuple[Tensor, Tensor, SashimiState]:
+        """ids (B,) of the sample before, state, uniforms (B, L) -> ids (B, L), nats (B, L), state."""
 
 
 # --- one sample ------------------------------------------------------------------------------------------------
@@ -83,19 +84,23 @@ def _truncate(probs: Tensor, top_k: int | None, top_p: float) -> Tensor:
     return torch.zeros_like(probs).scatter(-1, order, likeliest)
 
 
-def plain_engine(model: Sashimi, choose: Choose) -> Engine:
+class Plain:
     """One `model.step` a sample, in eager mode: the reference of every other engine."""
 
-    def run(inputs: Tensor, state: SashimiState, uniforms: Tensor) -> tuple[Tensor, Tensor, SashimiState]:
+    name = "plain"
+
+    def __init__(self, model: Sashimi, choose: Choose) -> None:
+        self.model, self.choose = model, choose
+
+    def __call__(self, inputs: Tensor, state: SashimiState, uniforms: Tensor) -> tuple[Tensor, Tensor, SashimiState]:
+        """See `Engine`."""
         ids, nats = [], []
         for u in uniforms.unbind(-1):
-            logits, state = model.step(inputs, state)
-            inputs, cost = choose(logits, u)
+            logits, state = self.model.step(inputs, state)
+            inputs, cost = self.choose(logits, u)
             ids.append(inputs)
             nats.append(cost)
         return torch.stack(ids, dim=-1), torch.stack(nats, dim=-1), state
-
-    return run
 
 
 # --- clips -----------------------------------------------------------------------------------------------------
@@ -115,6 +120,8 @@ class Drawing:
     """Draw from the fewest levels that hold this share of the probability."""
     batch_size: int = 16
     """Clips computed together; ranks divide whole batches between them."""
+    engine: Literal["auto", "native", "plain"] = "auto"
+    """native: compiled code, on CPUs with a C++ compiler. plain: the model's own step. auto: native where it can be."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
@@ -129,12 +136,30 @@ class Drawing:
             raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1, which draws from all levels")
         if self.batch_size < 1:
             raise InputError(f"batch_size={self.batch_size}: must be at least 1")
+        if self.engine not in ("auto", "native", "plain"):
+            raise InputError(f"engine={self.engine}: choose auto, native or plain")
 
     def choose(self, levels: int) -> Choose:
         """`draw` with these settings, for a model of so many levels."""
         if self.top_k is not None and self.top_k > levels:
             raise InputError(f"top_k={self.top_k}: the model has {levels} levels; give at most that, or leave it out")
         return partial(draw, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def make_engine(model: Sashimi, drawing: Drawing) -> Engine:
+    """The engine that `drawing` asks for. InputError if it cannot be had, or a setting does not fit the model."""
+    choose = drawing.choose(model.config.levels)
+    if drawing.engine != "plain":
+        try:
+            return Native(model, drawing.batch_size, drawing.temperature, drawing.top_k or 0, drawing.top_p)
+        except Unavailable as reason:
+            if drawing.engine == "native":
+                raise InputError(f"engine=native: {reason}; leave it to auto, or take plain") from reason
+            if model.head.weight.device.type == "cpu":
+                warnings.warn(
+                    f"clips are made by the plain engine, the native one is not to be had: {reason}", stacklevel=2
+                )
+    return Plain(model, choose)
 
 
 def generate(
@@ -148,7 +173,7 @@ def generate(
     top_p: float = 1.0,
     prompt: Tensor | None = None,
     batch_size: int | None = None,
-    engine: MakeEngine = plain_engine,
+    engine: Literal["auto", "native", "plain"] = "auto",
     on_progress: Callable[[int], None] = lambda samples: None,
 ) -> Tensor:
     """New samples of the clips of these numbers: ids (number of clips, n_samples) int64, on the CPU.
@@ -159,7 +184,7 @@ def generate(
         sashimi.write_wav("clip.wav", sashimi.Quantizer(config).decode(ids[0]), config.sample_rate)
 
     Args:
-        seed, temperature, top_k, top_p: see `Drawing`.
+        seed, temperature, top_k, top_p, engine: see `Drawing`.
         prompt: ids (P,) that every clip goes on from; they are not part of the result.
         batch_size: clips computed together, by default as many as are asked for. Batches begin at multiples of it and
             are always whole, or a clip's bits would depend on what else is asked for.
@@ -172,8 +197,8 @@ def generate(
         raise InputError(f"clips={numbers}: give at least one clip number, each 0 or more")
     if n_samples < 1:
         raise InputError(f"n_samples={n_samples}: must be at least 1")
-    drawing = Drawing(seed, temperature, top_k, top_p, len(numbers) if batch_size is None else batch_size)
-    generator = Generator(model, drawing, prompt, engine)
+    drawing = Drawing(seed, temperature, top_k, top_p, len(numbers) if batch_size is None else batch_size, engine)
+    generator = Generator(model, drawing, make_engine(model, drawing), prompt)
     rows = {}
     for batch, wanted in batches_of(numbers, drawing.batch_size):
         ids, _ = generator.batch(batch, n_samples, on_progress)
@@ -192,9 +217,7 @@ def batches_of(clips: Iterable[int], batch_size: int) -> list[tuple[int, list[in
 class Generator:
     """Computes batches of clips that share a model, a drawing and a prompt."""
 
-    def __init__(
-        self, model: Sashimi, drawing: Drawing, prompt: Tensor | None = None, engine: MakeEngine = plain_engine
-    ) -> None:
+    def __init__(self, model: Sashimi, drawing: Drawing, engine: Engine, prompt: Tensor | None = None) -> None:
         """prompt: ids (P,) that every clip goes on from, taken in here, once; none or P = 0 starts from silence."""
         levels, size = model.config.levels, drawing.batch_size
         heard = torch.tensor([levels // 2])  # silence is what precedes a recording
@@ -202,8 +225,7 @@ class Generator:
             if prompt.dim() != 1 or prompt.is_floating_point() or prompt.min() < 0 or prompt.max() >= levels:
                 raise InputError(f"prompt: must be ids (P,) from 0 to {levels - 1}; a Quantizer makes them from audio")
             heard = torch.cat((heard, prompt.cpu()))
-        self.model, self.drawing = model, drawing
-        self.engine = engine(model, drawing.choose(levels))
+        self.model, self.drawing, self.engine = model, drawing, engine
         self.device = next(model.parameters()).device
         with _inference(model):
             rows = heard.to(self.device).expand(size, -1)

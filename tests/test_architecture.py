@@ -43,11 +43,15 @@ ARROWS: dict[str, set[str]] = {
     "trainer": {"checkpoint", "distributed", "loss", "optim", "stream", "tracking"},
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling
-    "sampler": {"model"},
+    "native.library": set(),
+    "native.program": {"layers", "model", "native.library", "s4"},
+    "native.engine": {"model", "native.library", "native.program", "s4"},
+    "sampler": {"model", "native.engine", "native.library"},
     "clips": {"atomic", "audio", "model", "sampler"},
     # the public names, and folders
     "packing": set(),
     "foreign": set(),
+    "native": set(),
     "": {"audio", "checkpoint", "model", "sampler"},
 }
 
@@ -92,7 +96,7 @@ def name(path: Path) -> str:
 def inside(names: set[str]) -> set[str]:
     """The modules of sashimi/ among dotted names."""
     ours = {dotted.removeprefix("sashimi.") for dotted in names if dotted.startswith("sashimi.")}
-    return ours & (ARROWS.keys() | {"errors"}) - {"packing", "foreign"}
+    return ours & (ARROWS.keys() | {"errors"}) - {"packing", "foreign", "native"}
 
 
 @pytest.mark.parametrize("path", modules("sashimi"), ids=name)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
-from sashimi.sampler import Drawing, Generator, draw, generate, plain_engine, uniforms
+from sashimi.sampler import Drawing, Generator, Plain, draw, generate, make_engine, uniforms
 
 LEVELS = 32
 
@@ -119,17 +119,20 @@ def test_nats_are_the_models_own() -> None:
 # --- clips
 
 
-def test_a_clip_is_the_same_whatever_else_is_asked_for() -> None:
+@pytest.mark.parametrize("engine", ["plain", "native"])
+def test_a_clip_is_the_same_whatever_else_is_asked_for(engine: str) -> None:
     """Law 16: to the bit, nats included, in any company and order, and when asked for again.
 
     Mutations: in `generate`, `batches_of([*range(len(numbers))], …)`; in `Tier.step`'s pooling, no `pending.clone()`.
     """
     model, n, prompt = tiny(), 40, torch.tensor([9, 20, 3])  # the prompt leaves half-filled pooling blocks
-    ids = generate(model, n, clips=range(7), batch_size=3, prompt=prompt)
+    ids = generate(model, n, clips=range(7), batch_size=3, prompt=prompt, engine=engine)
     assert len(ids.unique(dim=0)) == 7
     for clips in ([6], [4, 0, 2], [5, 5, 1], range(6, -1, -1)):
-        assert torch.equal(generate(model, n, clips=clips, batch_size=3, prompt=prompt), ids[list(clips)])
-    generator = Generator(model, Drawing(batch_size=3), prompt)
+        again = generate(model, n, clips=clips, batch_size=3, prompt=prompt, engine=engine)
+        assert torch.equal(again, ids[list(clips)])
+    drawing = Drawing(batch_size=3, engine=engine)
+    generator = Generator(model, drawing, make_engine(model, drawing), prompt)
     first = generator.batch(1, n)
     generator.batch(0, n)
     assert all(map(torch.equal, generator.batch(1, n), first))
@@ -146,7 +149,7 @@ def test_batch_sizes_and_blocks_agree_in_float64() -> None:
     for size in (1, 3):
         assert torch.equal(generate(model, 50, clips=range(4), batch_size=size), ids[:, :50])
     with torch.inference_mode():
-        engine = plain_engine(model, draw)
+        engine = Plain(model, draw)
         u = torch.from_numpy(np.stack([uniforms(0, clip, n) for clip in range(4)]))
         assert torch.equal(engine(torch.full((4,), LEVELS // 2), model.init_state(4), u)[0], ids)
 
@@ -158,7 +161,8 @@ def test_samples_are_scored_as_forward_scores_them(variant: dict[str, object]) -
     Mutation: begin with `torch.tensor([0])` instead of silence.
     """
     model = tiny(**variant)
-    ids, nats = Generator(model, Drawing(temperature=0.8, batch_size=3)).batch(0, 60)
+    drawing = Drawing(temperature=0.8, batch_size=3)
+    ids, nats = Generator(model, drawing, make_engine(model, drawing)).batch(0, 60)
     with torch.no_grad():
         logits = model(torch.cat((torch.full((3, 1), LEVELS // 2), ids[:, :-1]), dim=1))
     expected = torch.nn.functional.cross_entropy(logits.double().mT, ids, reduction="none")
@@ -195,7 +199,7 @@ def test_a_prompt_is_taken_in_as_if_it_had_been_drawn(length: int) -> None:
         for heard in (LEVELS // 2, *prompt.tolist()[:-1]):
             _, state = model.step(torch.full((2,), heard), state)
         u = torch.from_numpy(np.stack([uniforms(0, clip, n) for clip in range(2)]))
-        expected, _, _ = plain_engine(model, draw)(torch.full((2,), int(prompt[-1])), state, u)
+        expected, _, _ = Plain(model, draw)(torch.full((2,), int(prompt[-1])), state, u)
     assert torch.equal(generate(model, n, clips=range(2), prompt=prompt), expected)
     assert not torch.equal(generate(model, n, clips=range(2)), expected)
 
