@@ -22,7 +22,9 @@ class EvaluateConfig:
     model: str
     """Model folder, checkpoint or run (then its best checkpoint)."""
     data: str | None = None
-    """Folder of shards; left out: what the model was trained on."""
+    """Folder of shards, or its address; left out: what the model was trained on."""
+    cache: str | None = None
+    """Folder that keeps whole shards of an address; left out: as in training."""
     split: str = "test"
     """train, valid or test."""
     segment: int = 0
@@ -44,9 +46,10 @@ def main() -> None:
     if config.data is None and "data" not in saved:
         raise InputError(f"{folder}: does not say what it was trained on; name the shards with --data")
     data = build(DataConfig, saved.get("data", {}), str(folder))
-    data = replace(data, shards=config.data or data.shards, segment=config.segment or data.segment)
+    segment, cache = config.segment or data.segment, config.cache or data.cache
+    data = replace(data, shards=config.data or data.shards, segment=segment, cache=cache)
     audio = read_audio_config(folder)
-    split = open_split(data.shards, config.split)
+    split = open_split(data.shards, config.split, data.cache)
     place = Place(dist.rank, dist.world_size, dist.device.type == "cuda")
     batches = eval_batches(split, data, audio, config.batch_size, place)
     model = load_model(folder, dist.device)

@@ -26,13 +26,20 @@ def to_json(value: Any) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; InputError if it is missing, malformed or not an object."""
     try:
-        value = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    return from_json(content, str(path))
+
+
+def from_json(content: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that `content` is; InputError that begins with `where` if it is malformed or not an object."""
+    try:
+        value = json.loads(content)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error}); restore the file or use another folder") from None
+        raise InputError(f"{where}: not JSON ({error}); restore the file or use another folder") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+        raise InputError(f"{where}: must hold a JSON object, not {type(value).__name__}")
     return value
 
 

@@ -27,7 +27,9 @@ from sashimi.model import ModelConfig, Sashimi
 
 # What a resumed run must share with its checkpoint, and the exceptions: settings of speed and of the damage policy.
 FIXED_ON_RESUME = ("model", "audio", "data", "seed")
-FREE_ON_RESUME = frozenset({"model.kernel", "data.shards", "data.workers", "data.prefetch", "data.on_damage"})
+FREE_ON_RESUME = frozenset(
+    {"model.kernel", "data.shards", "data.cache", "data.workers", "data.prefetch", "data.on_damage"}
+)
 
 
 class Checkpoint(NamedTuple):

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile as sf
 
-from sashimi.atomic import MANIFEST, read_json, write_file, write_json
+from sashimi.atomic import MANIFEST, from_json, read_json, write_file, write_json
 from sashimi.errors import InputError
+from sashimi.store import Entry, RemoteFile, RemoteFolder, locate, read_local
 
 FORMAT = "sashimi-shards-1"
 SPLITS = ("train", "valid", "test")
@@ -44,8 +45,8 @@ INDEX_DTYPE = np.dtype(
 class DamagedMember(Exception):
     """A member of a shard cannot be read. The message names the shard's file, the member and the reason."""
 
-    def __init__(self, shard: Path, member: str, reason: str) -> None:
-        super().__init__(shard, member, reason)
+    def __init__(self, shard: Path | RemoteFile, member: str, reason: str) -> None:
+        super().__init__(str(shard), member, reason)
 
     def __str__(self) -> str:
         shard, member, reason = self.args
@@ -55,24 +56,27 @@ class DamagedMember(Exception):
 class Split:
     """Random access to one split of a shard folder; made by `open_split`.
 
-    It holds no open file, so it may be pickled and forked freely. `index` is a memory map (rows,) of INDEX_DTYPE.
+    It holds no open file and no connection that others would use, so it may be pickled and forked freely. `index` is
+    a memory map (rows,) of INDEX_DTYPE, for a remote folder of this node's copy; `checksums` are the shards' SHA-256.
     Recording r has `recording_samples[r]` samples, int64 (R,), in the index rows from `recording_first[r]` to
     `recording_first[r + 1]`, int64 (R + 1,).
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | RemoteFolder,
         name: str,
         sample_rate: int,
-        shard_names: list[str],
+        shards: list[Entry],
         labels: list[str],
         index: np.ndarray,
     ) -> None:
         self.folder = folder
         self.name = name
         self.sample_rate = sample_rate
-        self.shard_names = shard_names
+        self.shards = shards
+        self.shard_names = [shard.name for shard in shards]
+        self.checksums = [shard.sha256 for shard in shards]
         self.labels = labels
         self.index = index
         self.n_recordings = int(index["recording"][-1]) + 1
@@ -81,7 +85,7 @@ class Split:
         sums = np.add.reduceat(index["samples"], self.recording_first[:-1], dtype=np.int64)
         self.recording_samples: np.ndarray = np.asarray(sums)
 
-    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Path, str]]:
+    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Path | RemoteFolder, str]]:
         return open_split, (self.folder, self.name)  # a memory map would be pickled as a full copy
 
     def read(self, recording: int, start: int, samples: int) -> np.ndarray:
@@ -99,7 +103,7 @@ class Split:
             row = rows[chunk]
             first = start + done - int(row["start"])
             count = min(samples - done, int(row["samples"]) - first)
-            out[done : done + count] = read_clip(self.folder / self.shard_names[row["shard"]], row, first, count)
+            out[done : done + count] = read_clip(self._shard(row), row, first, count)
             done += count
             chunk += 1
         return out
@@ -107,68 +111,102 @@ class Split:
     def recording_name(self, recording: int) -> str:
         """Key of a recording, for messages: its number in the plan and the stem of its source file."""
         row = self.index[self.recording_first[recording]]
-        name = member_name(self.folder / self.shard_names[row["shard"]], row)
+        name = member_name(self._shard(row), row)
         return name.rpartition("-")[0] if name.endswith(".flac") else f"number {recording}"
 
+    def _shard(self, row: np.void) -> Path | RemoteFile:
+        entry = self.shards[row["shard"]]
+        return self.folder / entry.name if isinstance(self.folder, Path) else self.folder.file(entry)
 
-def open_split(folder: str | Path, split: str) -> Split:
-    """Opens a split ("train", "valid" or "test") of a shard folder. InputError if there is nothing to read."""
-    folder = Path(folder)
+
+def open_split(place: str | Path | RemoteFolder, split: str, cache: str | None = None) -> Split:
+    """Opens a split ("train", "valid" or "test") of the shards at a path or address, `cache` as in `store.locate`.
+
+    InputError if there is nothing to read, or if a shard is missing or has another size than the manifest says.
+    """
+    folder = place if isinstance(place, RemoteFolder) else locate(place, cache)
     manifest = read_manifest(folder)
     splits = manifest["splits"]
     if split not in splits or splits[split]["clips"] == 0:
         filled = ", ".join(name for name in splits if splits[name]["clips"]) or "none"
         raise InputError(f"{folder} has no clips in split {split!r}: splits with clips are {filled}")
-    for shard in splits[split]["shards"]:
-        path = folder / shard["name"]
-        size = path.stat().st_size if path.is_file() else 0
-        if size != shard["bytes"]:
-            raise InputError(
-                f"{path}: has {size} of {shard['bytes']} bytes: restore it, or pack the audio again "
-                f"(`python tools/check_shards.py {folder}` lists all that is wrong)"
-            )
-    names = [shard["name"] for shard in splits[split]["shards"]]
+    shards = [Entry(shard["name"], shard["bytes"], shard["sha256"]) for shard in splits[split]["shards"]]
+    if wrong := _wrong_size(folder, shards):
+        name, size, expected = wrong
+        raise InputError(
+            f"{folder}/{name}: has {size} of {expected} bytes: restore it, or pack the audio again "
+            f"({_check(folder)} lists all that is wrong)"
+        )
     index = read_index(folder, split, splits[split]["clips"])
-    return Split(folder, split, manifest["sample_rate"], names, manifest["labels"], index)
+    return Split(folder, split, manifest["sample_rate"], shards, manifest["labels"], index)
 
 
-def read_index(folder: Path, split: str, clips: int) -> np.ndarray:
+def _wrong_size(folder: Path | RemoteFolder, shards: list[Entry]) -> tuple[str, int, int] | None:
+    """Name, size and promised size of a shard that is missing or has another size, if there is one."""
+    if isinstance(folder, RemoteFolder):
+        return folder.wrong_size(shards)
+    for name, expected, _ in shards:
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else 0
+        if size != expected:
+            return name, size, expected
+    return None
+
+
+def read_index(folder: Path | RemoteFolder, split: str, clips: int) -> np.ndarray:
     """The index of a split, memory-mapped (clips,) of INDEX_DTYPE. InputError if it is not that."""
-    path = folder / f"{split}.npy"
+    name = f"{split}.npy"
     try:
-        index = np.load(path, mmap_mode="r")
+        index = np.load(folder / name if isinstance(folder, Path) else folder.copy(name), mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: is missing or damaged: {_rebuild(folder)}") from error
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}/{name}: is missing or damaged: run {_check(folder, '--rebuild-index')}") from error
     if index.dtype != INDEX_DTYPE or len(index) != clips:
-        raise InputError(f"{path} does not agree with the manifest: {_rebuild(folder)}")
+        raise InputError(f"{folder}/{name} does not agree with the manifest: run {_check(folder, '--rebuild-index')}")
     return index
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path | RemoteFolder) -> dict[str, Any]:
     """The manifest of a shard folder. InputError if the folder is missing, unfinished or of another kind."""
-    make = f"python tools/make_shards.py SOURCE --out {folder}"
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of shards: make it with `{make}`")
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise InputError(f"{path} is missing, so packing did not finish: run `{make}` again, as before")
-    manifest = read_json(path)
+    where = f"{folder}/{MANIFEST}"
+    if isinstance(folder, RemoteFolder):
+        manifest = from_json(folder.copy(MANIFEST).read_bytes(), where)
+    else:
+        make = f"python tools/make_shards.py SOURCE --out {folder}"
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder of shards: make it with `{make}`")
+        if not (folder / MANIFEST).is_file():
+            raise InputError(f"{where} is missing, so packing did not finish: run `{make}` again, as before")
+        manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise InputError(f"{path}: format={manifest.get('format')!r} is not {FORMAT!r}: pack the audio again")
+        raise InputError(f"{where}: format={manifest.get('format')!r} is not {FORMAT!r}: pack the audio again")
     return manifest
 
 
-def _rebuild(folder: Path) -> str:
-    return f"run `python tools/check_shards.py {folder} --rebuild-index`"
+def _check(folder: Path | RemoteFolder, option: str = "") -> str:
+    """The command that checks a folder; of a remote one, where the shards were packed."""
+    words = ("python tools/check_shards.py", str(folder) if isinstance(folder, Path) else "FOLDER", option)
+    command = f"`{' '.join(filter(None, words))}`"
+    return command if isinstance(folder, Path) else f"{command} on a copy of the folder"
 
 
-def read_clip(shard: Path, row: np.void, start: int, samples: int) -> np.ndarray:
+def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int) -> np.ndarray:
     """Samples start .. start + samples of the clip of one index row, int16 (samples,). DamagedMember if it cannot."""
-    try:
+
+    def read() -> np.ndarray:
         data = read_bytes(shard, int(row["offset"]), int(row["bytes"]))
         with sf.SoundFile(io.BytesIO(data)) as flac:
             flac.seek(start)
-            audio = flac.read(samples, dtype="int16")
+            return flac.read(samples, dtype="int16")
+
+    try:
+        try:
+            audio = read()
+        except sf.LibsndfileError:
+            if isinstance(shard, Path) or not shard.mend():
+                raise
+            audio = read()
     except OSError as error:
         raise DamagedMember(shard, member_name(shard, row), error.strerror or str(error)) from error
     except sf.LibsndfileError as error:
@@ -179,7 +217,7 @@ def read_clip(shard: Path, row: np.void, start: int, samples: int) -> np.ndarray
     return audio
 
 
-def member_name(shard: Path, row: np.void) -> str:
+def member_name(shard: Path | RemoteFile, row: np.void) -> str:
     """Name of the flac of one index row, from the tar header before it; for messages, so it never fails."""
     header_at = int(row["offset"]) - tarfile.BLOCKSIZE
     try:
@@ -189,14 +227,9 @@ def member_name(shard: Path, row: np.void) -> str:
         return f"the member at byte {header_at}"
 
 
-def read_bytes(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a shard from `offset` on. All random reading goes through here; so would a remote store."""
-    with open(path, "rb", buffering=0) as file:  # opened anew: cheap beside decoding, and safe to fork and pickle
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise OSError(f"the file ends {size - len(data)} bytes too early")
-    return data
+def read_bytes(shard: Path | RemoteFile, offset: int, size: int) -> bytes:
+    """`size` bytes of a shard from `offset` on. All random reading goes through here. OSError if it cannot."""
+    return read_local(shard, offset, size) if isinstance(shard, Path) else shard.read(offset, size)
 
 
 class ShardScan(NamedTuple):

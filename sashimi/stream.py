@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +27,7 @@ from sashimi.order import (
     rank_positions,
     segment_at,
 )
-from sashimi.shards import DamagedMember, Split, open_split, read_manifest
+from sashimi.shards import DamagedMember, Split, open_split
 
 INT16_FULL_SCALE = 32768.0
 FILLER = -1  # segment id of a row that is there only so that all ranks have equal batches
@@ -39,7 +38,10 @@ class DataConfig:
     """Which recordings are read and how they are cut into segments."""
 
     shards: str = "shards/demo"
-    """Folder of shards made by tools/make_shards.py."""
+    """Folder of shards made by tools/make_shards.py; or its https://, http:// or s3:// address."""
+    cache: str | None = None
+    """Folder that keeps whole shards of an address, fetched when first needed and checked; any number of processes and
+    machines may share it, and what is in it may be deleted between runs. Left out: each segment is one request."""
     segment: int = 16000
     """Length of a segment in samples: what the model trains on at once. The model's pooling must divide it."""
     tail: Literal["drop", "pad"] = "pad"
@@ -58,6 +60,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.shards:
             raise InputError("data.shards='': name a folder made by tools/make_shards.py")
+        if self.cache == "":
+            raise InputError("data.cache='': name a folder, or leave it out")
         if self.segment < 1:
             raise InputError(f"data.segment={self.segment}: give at least 1 sample, e.g. 16000")
         if self.tail not in ("drop", "pad"):
@@ -271,12 +275,11 @@ class TrainingData:
         self.data, self.audio, self.seed, self.batch_size, self.place = data, audio, seed, batch_size, place
         self.accumulation = accumulation_steps(batch_size, micro_batch, place.world_size)
         self.micro_batch = batch_size // (place.world_size * self.accumulation)
-        self.train = open_split(data.shards, "train")
+        self.train = open_split(data.shards, "train", data.cache)
         self.segments_per_epoch = n_segments(self.train, data)
-        valid = open_split(data.shards, "valid")
-        packed = read_manifest(Path(data.shards))["splits"]
-        checksums = [[shard["sha256"] for shard in packed[split]["shards"]] for split in ("train", "valid")]
-        self.fingerprint = hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
+        valid = open_split(data.shards, "valid", data.cache)
+        checksums = json.dumps([self.train.checksums, valid.checksums])
+        self.fingerprint = hashlib.sha256(checksums.encode()).hexdigest()
         self.valid_batches = eval_batches(valid, data, audio, self.micro_batch, place)
 
     def batches(self, position: int) -> Iterator[Batch]:

@@ -22,7 +22,9 @@ ARROWS: dict[str, set[str]] = {
     # audio and data
     "audio": {"atomic"},
     "shard_writer": {"atomic", "shards"},
-    "shards": {"atomic"},
+    "remote": set(),
+    "store": {"atomic", "remote"},
+    "shards": {"atomic", "store"},
     "packing.sources": {"shards"},
     "packing.pack": {"atomic", "audio", "packing.parallel", "packing.sources", "shard_writer", "shards"},
     "packing.verify": {"shards"},

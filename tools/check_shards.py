@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sashimi.distributed import run_command
+from sashimi.errors import InputError
 from sashimi.packing.report import census_report
 from sashimi.packing.verify import verify
 from sashimi.parsing import parse
 from sashimi.shards import read_manifest, rebuild
+from sashimi.store import locate
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class CheckConfig:
 def main() -> None:
     """Rebuild if asked to, verify, print."""
     config = parse(CheckConfig, sys.argv[1:], "check_shards.py", __doc__ or "")
-    folder = Path(config.folder)
+    folder = locate(config.folder)
+    if not isinstance(folder, Path):
+        raise InputError(f"{folder}: every byte is read several times; copy the folder here and check the copy")
     if config.rebuild_index:
         rebuild(folder)
     found = verify(folder)
