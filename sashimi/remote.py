@@ -4,10 +4,13 @@ Nothing here waits for ever: see `Patience`. What fails is tried again, with pau
 that the file is not there or not for us; in the end it is `Unreachable`, and for a while that is not asked again, so
 that a store that is away costs its readers one wait and not one for each segment.
 
-fsspec's connections live on an event loop in a thread, which does not survive a fork: each process opens its own.
+fsspec's connections live on an event loop in a thread, which does not survive a fork. So each process opens its own,
+and keeps them to its end; those of the process that forked it are kept too, but not used: to close one would close it
+there.
 """
 
 import errno
+import functools
 import os
 import random
 import time
@@ -64,8 +67,6 @@ class Client:
         """Opens nothing. InputError, at the first read, if the packages for this scheme are not installed."""
         assert scheme in SCHEMES
         self.scheme = scheme
-        # Those of the processes that forked this one are kept, never used: closing one here would close it there.
-        self._connections: dict[int, _Connection] = {}
         self._resting: dict[str, tuple[float, str]] = {}
         self._warned = False
 
@@ -137,14 +138,12 @@ class Client:
             time.sleep(PATIENCE.pause * 2 ** (tries - 1) * random.SystemRandom().uniform(0.5, 1))
 
     def _connection(self, url: str) -> "_Connection":
-        if os.getpid() not in self._connections:
-            try:
-                self._connections[os.getpid()] = _s3() if self.scheme == "s3" else _http(self.scheme)
-            except ImportError as error:
-                raise InputError(
-                    f"{url}: reading from {self.scheme}:// needs more packages ({error}): pip install 'sashimi[remote]'"
-                ) from error
-        return self._connections[os.getpid()]
+        try:
+            return _s3(PATIENCE, os.getpid()) if self.scheme == "s3" else _http(PATIENCE, os.getpid())
+        except ImportError as error:
+            raise InputError(
+                f"{url}: reading from {self.scheme}:// needs more packages ({error}): pip install 'sashimi[remote]'"
+            ) from error
 
 
 class _Connection(NamedTuple):
@@ -157,25 +156,29 @@ class _Connection(NamedTuple):
     """Those for which no server need have answered."""
 
 
-def _http(scheme: str) -> _Connection:
+@functools.cache
+def _http(patience: Patience, process: int) -> _Connection:
+    """The connection of this process, by its id."""
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE.connect, sock_read=PATIENCE.silence)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=patience.connect, sock_read=patience.silence)
     # Proxies and ~/.netrc as for other programs; compressed replies would have no ranges.
     client = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
-    filesystem = fsspec.filesystem(scheme, skip_instance_cache=True, client_kwargs=client)
+    filesystem = fsspec.filesystem("http", skip_instance_cache=True, client_kwargs=client)
     final = (aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError)
     return _Connection(filesystem, (OSError, aiohttp.ClientError), final, (TimeoutError, aiohttp.ClientConnectionError))
 
 
-def _s3() -> _Connection:
+@functools.cache
+def _s3(patience: Patience, process: int) -> _Connection:
+    """The connection of this process, by its id. Address and credentials are those of AWS's settings."""
     import aiohttp
     import botocore.exceptions as botocore
     from botocore.parsers import ResponseParserError
 
     config = {
-        "connect_timeout": PATIENCE.connect,
-        "read_timeout": PATIENCE.silence,
+        "connect_timeout": patience.connect,
+        "read_timeout": patience.silence,
         "retries": {"total_max_attempts": 1},  # ours are enough
     }
     filesystem = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)

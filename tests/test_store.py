@@ -65,8 +65,8 @@ def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bucket_port(noise: Path) -> Iterator[int]:
-    """The port of an S3-compatible server that has the shards as s3://shards/noise."""
+def bucket(noise: Path) -> Iterator[Server]:
+    """An S3-compatible server that has the shards as s3://shards/noise."""
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     port = server.get_host_and_port()[1]
@@ -75,7 +75,8 @@ def bucket_port(noise: Path) -> Iterator[int]:
     client.create_bucket(Bucket="shards")
     for file in noise.iterdir():
         client.upload_file(str(file), "shards", f"noise/{file.name}")
-    yield port
+    with serve(forward_source(port)) as proxy:
+        yield proxy
     server.stop()
 
 
@@ -99,19 +100,20 @@ def http(node: Path, noise: Path, tmp_path: Path) -> Iterator[Served]:
 
 
 @pytest.fixture
-def s3(node: Path, bucket_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    with serve(forward_source(bucket_port)) as server:
-        settings = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
-            "AWS_ACCESS_KEY_ID": "some",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_CONFIG_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true",
-        }
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        yield Served(server, "s3://shards/noise", None)
+def s3(node: Path, bucket: Server, monkeypatch: pytest.MonkeyPatch) -> Served:
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{bucket.port}",
+        "AWS_ACCESS_KEY_ID": "some",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    bucket.requests.clear()
+    bucket.fault = lambda request: None
+    return Served(bucket, "s3://shards/noise", None)
 
 
 @pytest.fixture(params=["http", "s3"])
@@ -482,6 +484,7 @@ def test_a_server_that_fails_at_the_start(served: Served, fault: str, message: s
 @pytest.mark.parametrize("package", ["aiohttp", "botocore.exceptions"])
 def test_missing_packages(package: str, http: Served, s3: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line says what to install. Mutation: drop `except ImportError` in `Client._connection`."""
+    monkeypatch.setattr(remote, "PATIENCE", remote.Patience(tries=4))  # as if this process had read nothing so far
     monkeypatch.setitem(sys.modules, package, None)
     url = http.url if package == "aiohttp" else s3.url
     with pytest.raises(InputError, match=rf"^{url}/manifest.json: .*pip install 'sashimi\[remote\]'$"):
@@ -493,6 +496,7 @@ def test_no_credentials(s3: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setattr(remote, "PATIENCE", remote.Patience(tries=5))  # as if this process had read nothing so far
     with pytest.raises(InputError, match=r"manifest.json: Unable to locate credentials$"):
         open_split(s3.url, "train")
 
