@@ -75,7 +75,8 @@ class Server:
     """A running server. `fault(request)` names what goes wrong with a request: None, or one of
 
     drop (the connection, before an answer), 503, 404, 403, slow (no byte for long), cut (half of the body, then the
-    connection is dropped), whole (the range is ignored) or garbled (the right number of wrong bytes).
+    connection is dropped), short (half of the body, as if that were all), whole (the range is ignored) or garbled (the
+    right number of wrong bytes).
     """
 
     def __init__(self, port: int) -> None:
@@ -126,6 +127,7 @@ def serve(source: Source) -> Iterator[Server]:
             if fault in ("503", "404", "403"):
                 reply = Answer(int(fault), {}, b"<html>an error page</html>")
             body = bytes(byte ^ 0xFF for byte in reply.body) if fault == "garbled" else reply.body
+            body = body[: len(body) // 2] if fault == "short" else body
             self.send_response(reply.status)
             for name, value in reply.headers.items():
                 self.send_header(name, value)

@@ -40,7 +40,7 @@ for package in ("aiohttp", "s3fs"):
 AUDIO = AudioConfig(sample_rate=8000, quantizer="linear", bits=16)  # level = sample + 32768, exactly
 DATA = DataConfig(segment=256, workers=0, crop=True)
 LENGTHS = (100, 1000, 2304, 4000, 700, 257, 1500, 3000)  # of the recordings, in samples
-FAULTS = ("drop", "503", "cut", "whole", "garbled")
+FAULTS = ("drop", "503", "cut", "short", "whole", "garbled")
 TARS = r"GET .*\.tar"
 
 
@@ -202,7 +202,7 @@ def test_a_fault_that_passes_changes_nothing(served: Served, noise: Path, cache:
 
     Mutations: `tries = 1` in `Patience`; drop the check of the length in `Client._range`; drop `mend` in `read_clip`.
     """
-    served.server.first(1, fault, TARS if fault == "garbled" else ".")
+    served.server.first(1, fault, {"garbled": TARS, "short": "GET"}.get(fault, "."))
     read = whole_split(open_split(served.url, "train", cache))
     assert_same([read], [whole_split(open_split(noise, "train"))])
 
