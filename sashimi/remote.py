@@ -75,8 +75,6 @@ class Client:
 
         def once(filesystem: Any) -> About:
             info = filesystem.info(url, timeout=PATIENCE.reply)
-            if info["type"] != "file":
-                raise FileNotFoundError(url)
             version = [str(info[name]) for name in ("ETag", "Last-Modified", "LastModified") if info.get(name)]
             return About(info["size"], " ".join([*version, str(info["size"])]) if version else None)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SLOW_SECONDS = 30  # far beyond every limit that a test sets; the waiting thread ends with the server
+LATE_SECONDS = 0.3
 
 
 class Request(NamedTuple):
@@ -76,7 +77,7 @@ class Server:
 
     drop (the connection, before an answer), 503, 404, 403, slow (no byte for long), cut (half of the body, then the
     connection is dropped), short (half of the body, as if that were all), whole (the range is ignored) or garbled (the
-    right number of wrong bytes).
+    right number of wrong bytes), or late (nothing goes wrong, but others come in between).
     """
 
     def __init__(self, port: int) -> None:
@@ -122,6 +123,8 @@ def serve(source: Source) -> Iterator[Server]:
                 ending.wait(SLOW_SECONDS)
                 self.close_connection = True
                 return
+            if fault == "late":
+                ending.wait(LATE_SECONDS)
             headers = {name: value for name, value in self.headers.items() if fault != "whole" or name != "Range"}
             reply = source(request._replace(range=headers.get("Range")), headers)
             if fault in ("503", "404", "403"):

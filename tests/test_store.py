@@ -126,6 +126,19 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path) -> str | None:
     return str(tmp_path / "cache") if request.param else None
 
 
+class Reader(NamedTuple):
+    """Where shards are, and a cache or none."""
+
+    served: Served
+    cache: str | None
+
+
+@pytest.fixture(params=["http", "http-cache", "s3"])
+def reader(request: pytest.FixtureRequest, tmp_path: Path) -> Reader:
+    scheme, _, cached = request.param.partition("-")
+    return Reader(request.getfixturevalue(scheme), str(tmp_path / "cache") if cached else None)
+
+
 def batches(split: Split, workers: int = 0, position: int = 0) -> list[Batch]:
     """More than an epoch of training batches."""
     train = train_batches(split, replace(DATA, workers=workers), AUDIO, 3, position, 8, None)
@@ -156,12 +169,12 @@ def segments_of(split: Split, shard: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_laws_7_to_9_from_an_address(served: Served, noise: Path, cache: str | None, workers: int) -> None:
+def test_laws_7_to_9_from_an_address(reader: Reader, noise: Path, workers: int) -> None:
     """The batches of the local folder, bit for bit, from any position; the workers of a process that reads, too.
 
     Mutations: `offset + 1` in `Client._range`; in `Client._connection`, one connection for all processes.
     """
-    split = open_split(served.url, "train", cache)
+    split = open_split(reader.served.url, "train", reader.cache)
     assert_same([whole_split(split)], [whole_split(open_split(noise, "train"))])
     for position in (10_000_003, 0)[: 1 if workers else 2]:
         assert_same(batches(split, workers, position), batches(open_split(noise, "train"), 0, position))
@@ -178,13 +191,13 @@ def test_ranges_ask_once_for_each_chunk(http: Served) -> None:
     assert first["bytes"] < 900 * 3
 
 
-def test_cache_asks_once_for_each_shard(served: Served, tmp_path: Path) -> None:
+def test_cache_asks_once_for_each_shard(served: Served, noise: Path, tmp_path: Path) -> None:
     """Whole, in pieces, whoever reads it later; other addresses of the same shards included.
 
     Mutation: in `RemoteFile._cached`, return None after a download.
     """
     split = open_split(served.url, "train", str(tmp_path / "cache"))
-    whole_split(split)
+    assert_same([whole_split(split)], [whole_split(open_split(noise, "train"))])
     assert served.server.count(TARS) == 3
     whole_split(pickle.loads(pickle.dumps(split)))
     whole_split(open_split(f"{served.url}/", "train", str(tmp_path / "cache")))
@@ -197,13 +210,13 @@ def test_cache_asks_once_for_each_shard(served: Served, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.filterwarnings("ignore:.*sends whole files for parts of them:UserWarning")
-def test_a_fault_that_passes_changes_nothing(served: Served, noise: Path, cache: str | None, fault: str) -> None:
+def test_a_fault_that_passes_changes_nothing(reader: Reader, noise: Path, fault: str) -> None:
     """Each file's first answer is bad, manifest, index and size included; what is read is not.
 
     Mutations: `tries = 1` in `Patience`; drop the check of the length in `Client._range`; drop `mend` in `read_clip`.
     """
-    served.server.first(1, fault, {"garbled": TARS, "short": "GET"}.get(fault, "."))
-    read = whole_split(open_split(served.url, "train", cache))
+    reader.served.server.first(1, fault, {"garbled": TARS, "short": "GET"}.get(fault, "."))
+    read = whole_split(open_split(reader.served.url, "train", reader.cache))
     assert_same([read], [whole_split(open_split(noise, "train"))])
 
 
@@ -226,14 +239,15 @@ def test_servers_without_ranges(http: Served, noise: Path, cache: str | None, mo
 
 @pytest.mark.parametrize("fault", ["drop", "503", "404", "403", "cut", "slow"])
 def test_law_8_a_shard_that_cannot_be_read_is_masked_and_named(
-    served: Served, noise: Path, cache: str | None, fault: str, monkeypatch: pytest.MonkeyPatch
+    reader: Reader, noise: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its segments alone, whatever keeps it away for good, and in bounded time.
 
-    Mutations: drop `sock_read` and "read_timeout" in `_http` and `_s3`; rest `self.scheme` for every failure.
+    Mutations: drop `sock_read` in `_http`; rest `self.scheme` for every failure.
     """
+    served = reader.served
     monkeypatch.setattr(remote, "PATIENCE", remote.Patience(tries=2, pause=0.01, silence=1.0, rest=300.0))
-    split, local = open_split(served.url, "train", cache), open_split(noise, "train")
+    split, local = open_split(served.url, "train", reader.cache), open_split(noise, "train")
     served.server.first(10**9, fault, r"GET .*train-000001\.tar")
     hit = segments_of(local, 1)
     # Without any answer the whole store counts as away, so those segments come last.
@@ -377,6 +391,7 @@ def test_processes_of_a_node_fetch_once(
     """
     out = tmp_path / "out"
     out.mkdir()
+    http.server.first(10**9, "late", "HEAD")
     start = multiprocessing.get_context("fork").Process
     places = [(http.url, cache, out, tmp_path / f"node-{rank % nodes}") for rank in range(6)]
     ranks = [start(target=read_all, args=place) for place in places]
@@ -439,7 +454,7 @@ def test_a_lost_or_cut_shard_is_refused_when_opened(http: Served, left: int | No
 
 
 def test_a_lost_object_is_refused_when_opened(s3: Served) -> None:
-    """Mutation: in `Client.about`, drop the check of "type"."""
+    """Mutation: in `RemoteFolder._size`, always `raise`."""
     s3.server.first(10**9, "404", "train-000002")
     with pytest.raises(InputError, match=r"^s3://shards/noise/train-000002\.tar: has 0 of \d+ bytes"):
         open_split(s3.url, "train")
