@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import shutil
 import sys
@@ -218,6 +219,21 @@ def test_a_fault_that_passes_changes_nothing(reader: Reader, noise: Path, fault:
     reader.served.server.first(1, fault, {"garbled": TARS, "short": "GET"}.get(fault, "."))
     read = whole_split(open_split(reader.served.url, "train", reader.cache))
     assert_same([read], [whole_split(open_split(noise, "train"))])
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:.*sends whole files for parts of them:UserWarning")
+@pytest.mark.parametrize("seed", range(10))
+def test_random_faults_change_nothing(
+    reader: Reader, noise: Path, seed: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three in ten answers are bad, of any kind and to any request; with workers. Mutation: `tries = 1`."""
+    draw = random.Random(seed)
+    monkeypatch.setattr(remote, "PATIENCE", remote.Patience(tries=20, pause=0.001))
+    faults = ("drop", "503", "cut", "whole")
+    reader.served.server.fault = lambda request: draw.choice(faults) if draw.random() < 0.3 else None
+    read = batches(open_split(reader.served.url, "train", reader.cache), workers=2, position=seed * 1000)
+    assert_same(read, batches(open_split(noise, "train"), position=seed * 1000))
 
 
 def test_servers_without_ranges(http: Served, noise: Path, cache: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,6 +587,23 @@ def test_law_8_fatal_stops_a_run_from_an_address(
     assert re.match(r"error: data.on_damage=fatal stopped after step \d+: http.*503.*--resume auto$", error)
     tiny.server.fault = lambda request: None
     assert curve(train("fatal", *shards, "--data.on_damage", "fatal")) == curve(train("whole"))
+
+
+def test_a_store_that_goes_away_ends_the_run(
+    train: Callable[..., list[dict]], tiny: Served, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It does not hang and does not "finish" on nothing; it goes on when the store is back.
+
+    Mutation: in `Client._try`, never give up.
+    """
+    shards = ("--data.shards", tiny.url, "--train.max_bad_steps", "3")
+    tiny.server.fault = lambda request: "drop" if tiny.server.count(TARS) > 40 else None
+    with pytest.raises(SystemExit):
+        train("away", *shards)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.match(rf"error: no segment of 3 steps could be decoded, such as {tiny.url}/.*--resume auto$", error)
+    tiny.server.fault = lambda request: None
+    assert [line["step"] for line in train("away", *shards) if "train/bits" in line][-1] == 12
 
 
 def test_two_ranks_with_workers_from_an_address(
