@@ -140,7 +140,7 @@ class Client:
             return _s3(PATIENCE, os.getpid()) if self.scheme == "s3" else _http(PATIENCE, os.getpid())
         except ImportError as error:
             raise InputError(
-                f"{url}: reading from {self.scheme}:// needs more packages ({error}): pip install 'sashimi[remote]'"
+                f"{url}: reading from {self.scheme}:// needs more packages ({error}): pip install 'fsspec[http]' s3fs"
             ) from error
 
 

@@ -518,7 +518,7 @@ def test_missing_packages(package: str, http: Served, s3: Served, monkeypatch: p
     monkeypatch.setattr(remote, "PATIENCE", remote.Patience(tries=4))  # as if this process had read nothing so far
     monkeypatch.setitem(sys.modules, package, None)
     url = http.url if package == "aiohttp" else s3.url
-    with pytest.raises(InputError, match=rf"^{url}/manifest.json: .*pip install 'sashimi\[remote\]'$"):
+    with pytest.raises(InputError, match=rf"^{url}/manifest.json: .*pip install 'fsspec\[http\]' s3fs$"):
         open_split(url, "train")
 
 
