@@ -23,7 +23,7 @@ from sashimi.trainer import Trainer
 def main() -> None:
     """Everything that a run is made of, put together; then `Trainer.train`."""
     config = parse_run_config(sys.argv[1:])
-    dist = Distributed()
+    dist = Distributed(config.train.timeout_minutes)
     tracker = Tracker()
     note = tracker.note if dist.is_main else lambda text: None
     checkpoints, checkpoint, weights = config.folder / "checkpoints", None, None
@@ -59,6 +59,9 @@ def main() -> None:
         rewind(checkpoints, trainer.state.step, note)
         save_config(replace(config, resume="auto"), config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
+        if dist.restarts:
+            note(f"SLURM has restarted this job {dist.restarts} times")
+            tracker.log(trainer.state.step, {"slurm_restarts": dist.restarts})
 
     def listen(model: nn.Module, step: int) -> None:
         track, rate = config.track, config.audio.sample_rate
@@ -68,10 +71,11 @@ def main() -> None:
                 ids = [generate(model, samples, [i], seed=config.seed)[0] for i in own]
                 tracker.audio(step, dist.gather([Quantizer(config.audio).decode(clip) for clip in ids]), rate)
 
-    with closing(tracker), dist.stop_signals():
-        complete = trainer.train(tracker, listen)
-    note(f"{'done' if complete else 'stopped by a signal; go on with --resume auto'}: {config.folder}")
-    dist.close()
+    with dist.stop_signals():
+        with closing(tracker):
+            complete = trainer.train(tracker, listen)
+        note(f"{'done' if complete else 'stopped by a signal; go on with --resume auto'}: {config.folder}")
+        dist.close()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ class TrainConfig:
     """Newest checkpoints to keep, beside the best one."""
     max_bad_steps: int = 10
     """Steps in a row without a finite loss and gradient (each skipped on all ranks) that stop the run."""
+    timeout_minutes: float = 30
+    """How long a rank waits for the others, who may be lost or busy with a save, before the run ends with an error."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "valid_every", "save_every", "keep_last", "max_bad_steps"):
@@ -72,6 +74,8 @@ class TrainConfig:
                 raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
         if self.micro_batch < 0:
             raise InputError(f"train.micro_batch={self.micro_batch}: must be 0 (batch_size / world size) or more")
+        if not 0 < self.timeout_minutes <= 7 * 24 * 60:
+            raise InputError(f"train.timeout_minutes={self.timeout_minutes}: must be above 0 and at most a week, 10080")
 
 
 @dataclass(frozen=True)
