@@ -52,6 +52,8 @@ NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=tests Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 """
 
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")  # states that a job does not leave
+
 
 class Cluster:
     """SLURM's commands on a cluster that runs."""
@@ -67,17 +69,18 @@ class Cluster:
             "ACCELERATE_CONFIG": "launch/accelerate/cpu.yaml",
         }
 
-    def call(self, *command: str) -> str:
-        """One of SLURM's commands; its output."""
+    def call(self, *command: str, **variables: str) -> str:
+        """One of SLURM's commands in the repository's root; its output."""
+        environment = self.environment | variables
         return subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60, check=True
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
         ).stdout.strip()
 
-    def submit(self, script: str, *arguments: str, nodes: int = 2, name: str = "job") -> str:
-        """sbatch launch/slurm/SCRIPT ARGUMENTS from the repository's root; the number of the job."""
-        options = ["--parsable", f"--nodes={nodes}", "--gpus-per-node=1", "--cpus-per-task=1"]
+    def submit(self, script: str, *arguments: str, **variables: str) -> str:
+        """sbatch launch/slurm/SCRIPT ARGUMENTS on both nodes, with these variables; the number of the job."""
+        options = ["--parsable", "--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1"]
         log = f"--output={self.folder}/%x-%j.log"
-        return self.call("sbatch", *options, log, f"--job-name={name}", f"launch/slurm/{script}", *arguments)
+        return self.call("sbatch", *options, log, f"launch/slurm/{script}", *arguments, **variables)
 
     def log(self, job: str) -> str:
         """What a job has written so far."""
@@ -92,18 +95,16 @@ class Cluster:
         return re.search(rf"\b{name}=(\S*)", self.call("scontrol", "show", "job", job))[1]  # type: ignore[index]
 
     def wait(self, job: str, reached: Callable[[], bool], what: str, seconds: float = 240) -> None:
-        """Until `reached()`; AssertionError with the job's log if it takes too long."""
+        """Until `reached()`; AssertionError with the job's log if it takes too long or the job is over."""
         deadline = time.monotonic() + seconds
         while not reached():
-            assert time.monotonic() < deadline, (
-                f"no {what}:\n{self.call('scontrol', 'show', 'job', job)}\n{self.log(job)}"
-            )
+            hopeless = time.monotonic() > deadline or (self.state(job) in OVER and not reached())
+            assert not hopeless, f"no {what}:\n{self.call('scontrol', 'show', 'job', job)}\n{self.log(job)}"
             time.sleep(0.3)
 
     def end(self, job: str) -> str:
         """Wait until a job is over; its last state."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.wait(job, lambda: self.state(job) in over, "end")
+        self.wait(job, lambda: self.state(job) in OVER, "end")
         return self.state(job)
 
     def restart(self, job: str) -> None:

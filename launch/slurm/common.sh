@@ -51,19 +51,19 @@ run_on_nodes() {
     requeue
 }
 
-# Queue this job again, unless it has been cancelled, or SLURM ends or requeues it for reasons of its own.
+# Queue this job again; not if SLURM itself is ending it (scancel), or ends it to queue it again (preemption).
 requeue() {
-    local state
+    local state again="the same sbatch command goes on from here"
     state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")
     if [ "$state" != RUNNING ]; then
-        echo "stopped by a signal; the same sbatch command goes on from here"
+        echo "stopped by a signal, job $state; $again"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
-        echo "stopped by a signal after MAX_RESTARTS=$MAX_RESTARTS restarts; the same sbatch command goes on from here"
+        echo "stopped by a signal, not queued again: it has been MAX_RESTARTS=$MAX_RESTARTS times; $again"
     elif scontrol requeue "$SLURM_JOB_ID"; then
-        echo "stopped by a signal; queued again"
+        echo "stopped by a signal, queued again"
         exit 0
     else
-        echo "stopped by a signal and not queued again (see above); the same sbatch command goes on from here"
+        echo "stopped by a signal, SLURM refuses to queue it again (see above); $again"
     fi
     exit "$STOPPED"
 }

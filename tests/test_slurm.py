@@ -1,0 +1,144 @@
+"""The batch scripts on a real SLURM of two nodes: signals, requeueing, failures; training, sampling, evaluation."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cluster import Cluster, cluster
+from conftest import RATE, TINY, command, curve, launch, metrics
+
+from sashimi.audio import AudioConfig
+from sashimi.checkpoint import save_model
+from sashimi.model import ModelConfig, Sashimi
+from sashimi.parsing import to_dict
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two idle nodes."""
+    with cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+def steps(run: Path) -> list[int]:
+    """The steps that a run has logged so far."""
+    if not (run / "metrics.jsonl").exists():
+        return []
+    whole = [line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line)["step"] for line in whole if "train/bits" in line]
+
+
+def processes(slurm: Cluster, **environment: str) -> list[psutil.Process]:
+    """The cluster's Python processes that have these variables."""
+    wanted = {"SLURM_CONF": slurm.environment["SLURM_CONF"], **environment}.items()
+    found = []
+    for process in psutil.process_iter(["environ", "name"]):
+        if wanted <= (process.info["environ"] or {}).items() and process.info["name"].startswith("python"):
+            found.append(process)
+    return found
+
+
+def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
+    """Laws 12 and 14 on two nodes. A run is cancelled and submitted again, loses a process, is submitted again, gets
+    the signal of a time limit twice, is queued again and goes on by itself to its end. Signals cost no step; a lost
+    process costs those since the last checkpoint, and nobody saves. Only the signalled job is queued again. The
+    curve is the one of an uninterrupted run, every step once.
+
+    Mutations: in node.sh, `accelerate` without `deaf`, or no PET_SIGNALS_TO_HANDLE (the launcher ends its processes
+    and the job fails); in common.sh, `exit "$code"` for every code, or `requeue` for every code but 0, or whatever
+    the state; in launch/train.py, no `stop_signals`.
+    """
+    run, length = tmp_path / "run", tmp_path / "length.yaml"
+    length.write_text("train: {steps: 100000}")
+    argv = [*TINY, "--data.shards", str(tiny_shards), "--runs", str(tmp_path), "--config", str(length)]
+    argv += "--optim.schedule constant --train.valid_every 10 --train.save_every 100000".split()
+    argv += "--train.batch_size 8 --train.micro_batch 1".split()
+
+    def submit() -> tuple[str, int]:
+        """A job that has gone on from the last checkpoint for a few steps; that checkpoint's step."""
+        before = max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
+        job = slurm.submit("train.slurm", *argv, "--name", "run")
+        slurm.wait(job, lambda: f"from step {before}:" in slurm.log(job), "start")
+        slurm.wait(job, lambda: max(steps(run), default=0) >= before + 3, "steps")
+        return job, before
+
+    def saved() -> int:
+        """The newest checkpoint's step, which is the last step that was done."""
+        newest = max(path.name for path in (run / "checkpoints").iterdir())
+        assert newest == f"step-{steps(run)[-1]:08d}"
+        return steps(run)[-1]
+
+    job, _ = submit()
+    slurm.call("scancel", job)
+    assert slurm.end(job) == "CANCELLED"
+    assert "stopped by a signal; go on with --resume auto" in slurm.log(job)
+    cancelled_at = saved()
+
+    job, before = submit()
+    assert before == cancelled_at
+    (victim,) = processes(slurm, RANK="1", SLURM_JOB_ID=job)
+    victim.kill()
+    assert slurm.end(job) == "FAILED"
+    assert "error: lost another process" in slurm.log(job)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{cancelled_at:08d}"]
+    assert slurm.field(job, "Restarts") == "0"
+
+    job, _ = submit()
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    time.sleep(0.5)
+    slurm.call("scancel", "--signal=USR1", job)
+    slurm.wait(job, lambda: slurm.state(job) == "PENDING", "requeue")
+    stopped_at = saved()
+    length.write_text(f"train: {{steps: {stopped_at + 5}}}")
+    slurm.restart(job)
+    assert slurm.end(job) == "COMPLETED"
+    assert slurm.field(job, "Restarts") == "1"
+    assert f"from step {stopped_at}:" in slurm.log(job)
+
+    done = launch(2, "launch/train.py", [*argv, "--name", "whole"])
+    assert done.returncode == 0, done.stderr
+    assert curve(metrics(run)) == curve(metrics(tmp_path / "whole"))
+    assert steps(run) == list(range(1, stopped_at + 6))
+    assert [line for line in metrics(run) if "slurm_restarts" in line] == [{"step": stopped_at, "slurm_restarts": 1}]
+
+
+def test_clips_and_evaluation_do_not_depend_on_nodes(
+    slurm: Cluster, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laws 8, 16 and 17 on two nodes. Sampling is ended by a signal after the first clips, not queued again as that is
+    not allowed it, and when submitted again goes on to the files that one process makes; evaluation scores what one
+    process scores.
+
+    Mutations: `--machine_rank 0` in node.sh (the nodes wait for each other for ever); `run_on_nodes USR1` in
+    sample.slurm (nobody ends); in common.sh, no MAX_RESTARTS.
+    """
+    config = ModelConfig(d_model=8, n_layers=1)
+    model, several = str(tmp_path / "model"), tmp_path / "several"
+    save_model(Path(model), Sashimi(config).state_dict(), to_dict(config), to_dict(AudioConfig(RATE)))
+    argv = [model, "--seconds", "0.1", "--batch_size", "2", "--out"]
+    job = slurm.submit("sample.slurm", *argv, str(several), "--clips", "10000", MAX_RESTARTS="0")
+    slurm.wait(job, lambda: len(list(several.glob(".parts/clip-*.jsonl"))) >= 4, "clips")
+    slurm.call("scancel", "--batch", "--signal=USR1", job)
+    assert slurm.end(job) == "FAILED"
+    assert "stopped by a signal, not queued again: it has been MAX_RESTARTS=0 times" in slurm.log(job)
+    clips = 5 + max(int(path.stem[5:]) for path in several.glob("clip-*.wav"))
+    job = slurm.submit("sample.slurm", *argv, str(several), "--clips", str(clips))
+    assert slurm.end(job) == "COMPLETED"
+    assert f"{several}: {clips} clips" in slurm.log(job)
+    assert f"{clips} are new" not in slurm.log(job)
+    command("launch/sample.py", [*argv, str(tmp_path / "one"), "--clips", str(clips)], monkeypatch)
+    for name in [f"clip-{clip:05d}.wav" for clip in range(clips)] + ["samples.jsonl"]:
+        assert (several / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+    argv = [model, "--data", str(tiny_shards), "--segment", "512", "--out"]
+    job = slurm.submit("evaluate.slurm", *argv, str(tmp_path / "several.json"))
+    assert slurm.end(job) == "COMPLETED", slurm.log(job)
+    command("launch/evaluate.py", [*argv, str(tmp_path / "one.json")], monkeypatch)
+    (two, one) = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("several", "one"))
+    assert two["samples"] == one["samples"]
+    assert two["bits_per_sample"] == pytest.approx(one["bits_per_sample"], rel=1e-6)
