@@ -59,9 +59,6 @@ def main() -> None:
         rewind(checkpoints, trainer.state.step, note)
         save_config(replace(config, resume="auto"), config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
-        if dist.restarts:
-            note(f"SLURM has restarted this job {dist.restarts} times")
-            tracker.log(trainer.state.step, {"slurm_restarts": dist.restarts})
 
     def listen(model: nn.Module, step: int) -> None:
         track, rate = config.track, config.audio.sample_rate

@@ -53,7 +53,8 @@ class Distributed:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.precision = self.accelerator.mixed_precision
-        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))  # of this job, by SLURM
+        restarts = os.environ.get("SLURM_RESTART_COUNT", "")  # set from the second time on that SLURM runs the job
+        self.restarts = int(restarts) if restarts.isdecimal() else 0
         self.stop_requested = False
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -207,9 +207,12 @@ class Trainer:
         self.tracker = tracker
         if self.dist.is_main:
             size, place = sum(p.numel() for p in self.parameters), f"{self.dist.world_size} x {self.dist.device.type}"
-            tracker.note(
-                f"from step {self.state.step}: {size:,} parameters on {place}, precision {self.dist.precision}"
-            )
+            how = f"precision {self.dist.precision}"
+            if self.dist.restarts:
+                how += f", restart {self.dist.restarts} of the SLURM job"
+            tracker.note(f"from step {self.state.step}: {size:,} parameters on {place}, {how}")
+        if self.dist.restarts:
+            tracker.log(self.state.step, {"slurm_restarts": self.dist.restarts})
         if self.state.step == 0:
             self.validate()
         batches = self.data.batches(self.state.position)

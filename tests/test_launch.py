@@ -153,6 +153,7 @@ def test_help(call: Call, script: str, documented: str) -> None:
         ("--data.segment 510", "data.segment=510: must be a multiple of 16"),
         ("--train.stesp 3", "train.stesp: no such field; did you mean train.steps?"),
         ("--train.steps many", "train.steps=many: expected int"),
+        ("--train.timeout_minutes 0", "train.timeout_minutes=0.*: must be above 0"),
         ("--config {tmp}/none.yaml", "{tmp}/none.yaml: no such config file"),
         ("--train.batch_size 5 --train.micro_batch 2", ".*batch_size=5"),
         ("--audio.sample_rate 16000", "audio.sample_rate=16000: .* was packed at 8000 Hz"),

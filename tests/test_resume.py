@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from conftest import command, curve, disk_of, metrics
 from safetensors.torch import load_file
 
+from sashimi import trainer
 from sashimi.shard_writer import write_split
 from sashimi.tracking import RunTracker, TrackConfig
+from sashimi.trainer import Trainer
 
 Train = Callable[..., list[dict]]
 KEEP = ("--train.keep_last", "10")
@@ -55,6 +59,37 @@ def test_a_full_disk_costs_no_checkpoint(train: Train, tmp_path: Path, capsys: p
         assert f"step {step} is NOT SAVED: [Errno 27] File too large" in said
     assert "the last save failed, make room; steps after 4 are lost" in said
     assert [path.name for path in (tmp_path / "runs/run/checkpoints").iterdir()] == ["step-00000004"]
+    assert curve(train("run")) == curve(unbroken)
+
+
+def test_signals_during_saves_lose_nothing(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 12: two signals in the midst of a save, and two more in the save that a signal caused: each time one whole
+    checkpoint of the last step, and the run goes on from there as if nothing had been.
+
+    Mutations: `request_stop` raises SystemExit; `Trainer.train` saves once more where `saved == self.state.step`.
+    """
+    unbroken = train("unbroken")
+    step, save = Trainer.step, trainer.save_checkpoint
+    saves = []
+
+    def signalled_step(self: Trainer, *arguments: Any) -> None:
+        step(self, *arguments)
+        if self.state.step == 6:
+            signal.raise_signal(signal.SIGUSR1)
+
+    def signalled_save(folder: Path, at: int, *arguments: Any) -> Path:
+        saves.append(at)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.raise_signal(number)
+        return save(folder, at, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled_step)
+        patch.setattr(trainer, "save_checkpoint", signalled_save)
+        for stopped_at in (4, 6):
+            assert train("run")[-1]["step"] == stopped_at
+            assert saves[-1] == stopped_at
+    assert saves == [4, 6]
     assert curve(train("run")) == curve(unbroken)
 
 

@@ -99,6 +99,7 @@ def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> 
     assert slurm.end(job) == "COMPLETED"
     assert slurm.field(job, "Restarts") == "1"
     assert f"from step {stopped_at}:" in slurm.log(job)
+    assert "restart 1 of the SLURM job" in slurm.log(job)
 
     done = launch(2, "launch/train.py", [*argv, "--name", "whole"])
     assert done.returncode == 0, done.stderr
