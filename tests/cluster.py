@@ -14,7 +14,7 @@ from pathlib import Path
 
 from conftest import ROOT
 
-# Two nodes of two cores and one pretended GPU each. Authentication is off: the daemons listen on this machine alone.
+# Two nodes of two cores and two pretended GPUs each. Authentication is off: the daemons listen on this machine alone.
 CONFIGURATION = """\
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -46,7 +46,8 @@ MailProg=/bin/true
 SlurmdParameters=config_overrides
 KillWait=60
 GresTypes=gpu
-NodeName=DEFAULT CPUs=2 Sockets=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:1 State=UNKNOWN
+FirstJobId={ports[0]}
+NodeName=DEFAULT CPUs=2 Sockets=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=4000 Gres=gpu:2 State=UNKNOWN
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]}
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]}
 PartitionName=tests Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
@@ -122,7 +123,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     for name in ("state", "spool-node1", "spool-node2", "venv/bin"):
         (folder / name).mkdir(parents=True)
     (folder / "venv/bin/activate").write_text("")  # the tests' own environment, wherever it is
-    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
     host = socket.gethostname().partition(".")[0]
     user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
     text = CONFIGURATION.format(host=host, user=user, folder=folder, ports=free_ports(3))

@@ -44,10 +44,10 @@ def processes(slurm: Cluster, **environment: str) -> list[psutil.Process]:
 
 
 def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
-    """Laws 12 and 14 on two nodes. A run is cancelled and submitted again, loses a process, is submitted again, gets
-    the signal of a time limit twice, is queued again and goes on by itself to its end. Signals cost no step; a lost
-    process costs those since the last checkpoint, and nobody saves. Only the signalled job is queued again. The
-    curve is the one of an uninterrupted run, every step once.
+    """Laws 12 and 14 on two nodes. A run is cancelled and submitted again, loses a process when a signal comes, is
+    submitted again, gets those of a preemption and of a time limit, is queued again and goes on by itself to its end.
+    Signals cost no step; a lost process costs those since the last checkpoint, as nobody saves without it. Only the
+    job that was stopped by a signal is queued again. The curve is that of an uninterrupted run, every step once.
 
     Mutations: in node.sh, `accelerate` without `deaf`, or no PET_SIGNALS_TO_HANDLE (the launcher ends its processes
     and the job fails); in common.sh, `exit "$code"` for every code, or `requeue` for every code but 0, or whatever
@@ -82,6 +82,9 @@ def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> 
     job, before = submit()
     assert before == cancelled_at
     (victim,) = processes(slurm, RANK="1", SLURM_JOB_ID=job)
+    victim.suspend()  # the other rank waits for it in a collective
+    slurm.call("scancel", "--signal=USR1", job)
+    time.sleep(2)
     victim.kill()
     assert slurm.end(job) == "FAILED"
     assert "error: lost another process" in slurm.log(job)
@@ -89,9 +92,8 @@ def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> 
     assert slurm.field(job, "Restarts") == "0"
 
     job, _ = submit()
+    slurm.call("scancel", "--signal=TERM", job)  # to all processes of the tasks
     slurm.call("scancel", "--batch", "--signal=USR1", job)
-    time.sleep(0.5)
-    slurm.call("scancel", "--signal=USR1", job)
     slurm.wait(job, lambda: slurm.state(job) == "PENDING", "requeue")
     stopped_at = saved()
     length.write_text(f"train: {{steps: {stopped_at + 5}}}")
@@ -112,11 +114,11 @@ def test_clips_and_evaluation_do_not_depend_on_nodes(
     slurm: Cluster, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Laws 8, 16 and 17 on two nodes. Sampling is ended by a signal after the first clips, not queued again as that is
-    not allowed it, and when submitted again goes on to the files that one process makes; evaluation scores what one
-    process scores.
+    not allowed it, and when submitted again goes on to the files that one process makes. Evaluation, on the same nodes
+    at the same time, scores what one process scores.
 
     Mutations: `--machine_rank 0` in node.sh (the nodes wait for each other for ever); `run_on_nodes USR1` in
-    sample.slurm (nobody ends); in common.sh, no MAX_RESTARTS.
+    sample.slurm (nobody ends); in common.sh, no MAX_RESTARTS, or a constant MAIN_PORT.
     """
     config = ModelConfig(d_model=8, n_layers=1)
     model, several = str(tmp_path / "model"), tmp_path / "several"
@@ -128,18 +130,18 @@ def test_clips_and_evaluation_do_not_depend_on_nodes(
     assert slurm.end(job) == "FAILED"
     assert "stopped by a signal, not queued again: it has been MAX_RESTARTS=0 times" in slurm.log(job)
     clips = 5 + max(int(path.stem[5:]) for path in several.glob("clip-*.wav"))
-    job = slurm.submit("sample.slurm", *argv, str(several), "--clips", str(clips))
-    assert slurm.end(job) == "COMPLETED"
-    assert f"{several}: {clips} clips" in slurm.log(job)
-    assert f"{clips} are new" not in slurm.log(job)
+    more = slurm.submit("sample.slurm", *argv, str(several), "--clips", str(clips))
+    scores = [model, "--data", str(tiny_shards), "--segment", "512", "--out"]
+    beside = slurm.submit("evaluate.slurm", *scores, str(tmp_path / "several.json"))
+    assert [slurm.end(job) for job in (more, beside)] == ["COMPLETED", "COMPLETED"], slurm.log(more) + slurm.log(beside)
+
+    assert f"{several}: {clips} clips" in slurm.log(more)
+    assert f"{clips} are new" not in slurm.log(more)
     command("launch/sample.py", [*argv, str(tmp_path / "one"), "--clips", str(clips)], monkeypatch)
     for name in [f"clip-{clip:05d}.wav" for clip in range(clips)] + ["samples.jsonl"]:
         assert (several / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
-    argv = [model, "--data", str(tiny_shards), "--segment", "512", "--out"]
-    job = slurm.submit("evaluate.slurm", *argv, str(tmp_path / "several.json"))
-    assert slurm.end(job) == "COMPLETED", slurm.log(job)
-    command("launch/evaluate.py", [*argv, str(tmp_path / "one.json")], monkeypatch)
+    command("launch/evaluate.py", [*scores, str(tmp_path / "one.json")], monkeypatch)
     (two, one) = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("several", "one"))
     assert two["samples"] == one["samples"]
     assert two["bits_per_sample"] == pytest.approx(one["bits_per_sample"], rel=1e-6)
