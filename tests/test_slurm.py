@@ -1,6 +1,7 @@
 """The batch scripts on a real SLURM of two nodes: signals, requeueing, failures; training, sampling, evaluation."""
 
 import json
+import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,28 @@ def processes(slurm: Cluster, **environment: str) -> list[psutil.Process]:
     return found
 
 
+def arguments(folder: Path, shards: Path, name: str, length: Path) -> list[str]:
+    """Of a run whose number of steps is in a file, so that it may change from one start of the job to the next."""
+    run = ["--data.shards", str(shards), "--runs", str(folder), "--name", name, "--config", str(length)]
+    steps = "--optim.schedule constant --train.valid_every 10 --train.save_every 100000".split()
+    return [*TINY, *run, *steps, "--train.batch_size", "8", "--train.micro_batch", "1"]
+
+
+def saved(run: Path) -> int:
+    """The newest checkpoint's step, which is the last step that was done; 0 without one."""
+    newest = max((path.name for path in (run / "checkpoints").glob("step-*")), default="step-00000000")
+    assert newest == f"step-{max(steps(run), default=0):08d}"
+    return int(newest[5:])
+
+
+def assert_whole(run: Path, length: Path, shards: Path, last: int) -> None:
+    """Each step once up to the last one, with the losses of a run of two processes that nothing interrupted."""
+    done = launch(2, "launch/train.py", arguments(run.parent, shards, "whole", length), timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert curve(metrics(run)) == curve(metrics(run.with_name("whole")))
+    assert steps(run) == list(range(1, last + 1))
+
+
 def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
     """Laws 12 and 14 on two nodes. A run is cancelled and submitted again, loses a process when a signal comes, is
     submitted again, gets those of a preemption and of a time limit, is queued again and goes on by itself to its end.
@@ -54,30 +77,21 @@ def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> 
     the state; in launch/train.py, no `stop_signals`.
     """
     run, length = tmp_path / "run", tmp_path / "length.yaml"
-    length.write_text("train: {steps: 100000}")
-    argv = [*TINY, "--data.shards", str(tiny_shards), "--runs", str(tmp_path), "--config", str(length)]
-    argv += "--optim.schedule constant --train.valid_every 10 --train.save_every 100000".split()
-    argv += "--train.batch_size 8 --train.micro_batch 1".split()
+    length.write_text("train: {steps: 5000}")
 
     def submit() -> tuple[str, int]:
         """A job that has gone on from the last checkpoint for a few steps; that checkpoint's step."""
         before = max((int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")), default=0)
-        job = slurm.submit("train.slurm", *argv, "--name", "run")
+        job = slurm.submit("train.slurm", *arguments(tmp_path, tiny_shards, "run", length))
         slurm.wait(job, lambda: f"from step {before}:" in slurm.log(job), "start")
         slurm.wait(job, lambda: max(steps(run), default=0) >= before + 3, "steps")
         return job, before
-
-    def saved() -> int:
-        """The newest checkpoint's step, which is the last step that was done."""
-        newest = max(path.name for path in (run / "checkpoints").iterdir())
-        assert newest == f"step-{steps(run)[-1]:08d}"
-        return steps(run)[-1]
 
     job, _ = submit()
     slurm.call("scancel", job)
     assert slurm.end(job) == "CANCELLED"
     assert "stopped by a signal; go on with --resume auto" in slurm.log(job)
-    cancelled_at = saved()
+    cancelled_at = saved(run)
 
     job, before = submit()
     assert before == cancelled_at
@@ -95,7 +109,7 @@ def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> 
     slurm.call("scancel", "--signal=TERM", job)  # to all processes of the tasks
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     slurm.wait(job, lambda: slurm.state(job) == "PENDING", "requeue")
-    stopped_at = saved()
+    stopped_at = saved(run)
     length.write_text(f"train: {{steps: {stopped_at + 5}}}")
     slurm.restart(job)
     assert slurm.end(job) == "COMPLETED"
@@ -103,11 +117,38 @@ def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> 
     assert f"from step {stopped_at}:" in slurm.log(job)
     assert "restart 1 of the SLURM job" in slurm.log(job)
 
-    done = launch(2, "launch/train.py", [*argv, "--name", "whole"])
-    assert done.returncode == 0, done.stderr
-    assert curve(metrics(run)) == curve(metrics(tmp_path / "whole"))
-    assert steps(run) == list(range(1, stopped_at + 6))
+    assert_whole(run, length, tiny_shards, stopped_at + 5)
     assert [line for line in metrics(run) if "slurm_restarts" in line] == [{"step": stopped_at, "slurm_restarts": 1}]
+
+
+@pytest.mark.soak
+def test_signals_at_random_moments(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
+    """Law 12: one job, stopped ten times by the signal of a time limit at any moment since its start, or by those that
+    its tasks get; no step is lost, missing or double.
+
+    Mutations: in common.sh, no `trap`, or `kill -USR1` once instead of `relay`.
+    """
+    draw = random.Random(0)
+    run, length = tmp_path / "run", tmp_path / "length.yaml"
+    length.write_text("train: {steps: 100000}")
+    job = slurm.submit("train.slurm", *arguments(tmp_path, tiny_shards, "run", length))
+    for stop in range(1, 11):
+        log = slurm.log(job)
+        if draw.random() < 0.6:
+            time.sleep(draw.uniform(0, 12))
+            slurm.call("scancel", "--batch", "--signal=USR1", job)
+        else:
+            slurm.wait(job, lambda: slurm.log(job).count("from step") > log.count("from step"), "start")  # noqa: B023
+            time.sleep(draw.uniform(0, 3))
+            slurm.call("scancel", f"--signal={draw.choice(['USR1', 'TERM'])}", job)
+        slurm.wait(job, lambda: slurm.state(job) == "PENDING", "requeue")
+        stopped_at = saved(run)
+        if stop == 10:
+            length.write_text(f"train: {{steps: {stopped_at + 5}}}")
+        slurm.restart(job)
+    assert slurm.end(job) == "COMPLETED"
+    assert slurm.field(job, "Restarts") == "10"
+    assert_whole(run, length, tiny_shards, stopped_at + 5)
 
 
 def test_clips_and_evaluation_do_not_depend_on_nodes(
@@ -124,7 +165,7 @@ def test_clips_and_evaluation_do_not_depend_on_nodes(
     model, several = str(tmp_path / "model"), tmp_path / "several"
     save_model(Path(model), Sashimi(config).state_dict(), to_dict(config), to_dict(AudioConfig(RATE)))
     argv = [model, "--seconds", "0.1", "--batch_size", "2", "--out"]
-    job = slurm.submit("sample.slurm", *argv, str(several), "--clips", "10000", MAX_RESTARTS="0")
+    job = slurm.submit("sample.slurm", *argv, str(several), "--clips", "2000", MAX_RESTARTS="0")
     slurm.wait(job, lambda: len(list(several.glob(".parts/clip-*.jsonl"))) >= 4, "clips")
     slurm.call("scancel", "--batch", "--signal=USR1", job)
     assert slurm.end(job) == "FAILED"

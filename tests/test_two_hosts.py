@@ -15,6 +15,8 @@ from conftest import ROOT, TINY, curve, launch, metrics
 
 from sashimi import atomic
 
+pytestmark = pytest.mark.timeout(600)
+
 HOSTS = tuple(f"sashimi-{os.getpid()}-{number}" for number in (1, 2))
 CARD = "link0"  # the network card of either
 ADDRESS = "10.9.8.{}"
@@ -34,9 +36,9 @@ def hosts() -> Iterator[None]:
             for host in HOSTS:
                 ip("netns", "add", host)
                 stack.callback(ip, "netns", "delete", host)
+            ip("link", "add", CARD, "netns", HOSTS[0], "type", "veth", "peer", "name", CARD, "netns", HOSTS[1])
         except subprocess.CalledProcessError as error:
             pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
-        ip("link", "add", CARD, "netns", HOSTS[0], "type", "veth", "peer", "name", CARD, "netns", HOSTS[1])
         for number, host in enumerate(HOSTS, 1):
             ip("-n", host, "address", "add", f"{ADDRESS.format(number)}/24", "dev", CARD)
             for card in ("lo", CARD):
@@ -85,7 +87,7 @@ def test_the_link_is_cut(hosts: None, tiny_shards: Path, tmp_path: Path) -> None
     `cut_back`.
     """
     run, length = tmp_path / "run", tmp_path / "length.yaml"
-    length.write_text("train: {steps: 100000}")
+    length.write_text("train: {steps: 5000}")
     argv = [*TINY, "--data.shards", str(tiny_shards), "--runs", str(tmp_path), "--config", str(length)]
     argv += "--optim.schedule constant --train.valid_every 10 --train.save_every 7 --train.batch_size 8".split()
     argv += "--train.micro_batch 1 --train.keep_last 1000 --train.timeout_minutes 0.33".split()

@@ -35,6 +35,7 @@ run_on_nodes() {
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     export MAIN_ADDRESS MAIN_PORT ACCELERATE_CONFIG PROCESSES_PER_NODE
     MAIN_ADDRESS=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    MAIN_ADDRESS=${MAIN_ADDRESS:-$first}
     MAIN_PORT=$((10000 + SLURM_JOB_ID % 20000)) # below the ports that systems give to outgoing connections
     echo "$(date '+%F %T') job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}:" \
         "$SLURM_JOB_NODELIST x $PROCESSES_PER_NODE processes, $MAIN_ADDRESS:$MAIN_PORT"
@@ -42,7 +43,7 @@ run_on_nodes() {
     if [ -z "$stopped" ]; then
         # When one node's task has ended, the others have a minute to end too: a peer is lost, or all are done.
         deaf "USR1 TERM" srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
-            --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=60 --kill-on-bad-exit=0 \
+            ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --wait=60 --kill-on-bad-exit=0 \
             bash launch/slurm/node.sh "$stop_signal" "$@"
         relay $! "kill -USR1 $!"
         code=$?
