@@ -164,7 +164,7 @@ def test_clips_and_evaluation_do_not_depend_on_nodes(
     config = ModelConfig(d_model=8, n_layers=1)
     model, several = str(tmp_path / "model"), tmp_path / "several"
     save_model(Path(model), Sashimi(config).state_dict(), to_dict(config), to_dict(AudioConfig(RATE)))
-    argv = [model, "--seconds", "0.1", "--batch_size", "2", "--out"]
+    argv = [model, "--seconds", "0.4", "--batch_size", "2", "--out"]
     job = slurm.submit("sample.slurm", *argv, str(several), "--clips", "2000", MAX_RESTARTS="0")
     slurm.wait(job, lambda: len(list(several.glob(".parts/clip-*.jsonl"))) >= 4, "clips")
     slurm.call("scancel", "--batch", "--signal=USR1", job)
