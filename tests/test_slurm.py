@@ -122,6 +122,7 @@ def test_training_goes_on(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_signals_at_random_moments(slurm: Cluster, tiny_shards: Path, tmp_path: Path) -> None:
     """Law 12: one job, stopped ten times by the signal of a time limit at any moment since its start, or by those that
     its tasks get; no step is lost, missing or double.
