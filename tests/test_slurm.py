@@ -161,7 +161,7 @@ def test_clips_and_evaluation_do_not_depend_on_nodes(
     at the same time, scores what one process scores.
 
     Mutations: `--machine_rank 0` in node.sh (the nodes wait for each other for ever); `run_on_nodes USR1` in
-    sample.slurm (nobody ends); in common.sh, no MAX_RESTARTS, or a constant MAIN_PORT.
+    sample.slurm (all clips are made); in common.sh, no MAX_RESTARTS, or a constant MAIN_PORT.
     """
     config = ModelConfig(d_model=8, n_layers=1)
     model, several = str(tmp_path / "model"), tmp_path / "several"
@@ -173,6 +173,7 @@ def test_clips_and_evaluation_do_not_depend_on_nodes(
     assert slurm.end(job) == "FAILED"
     assert "stopped by a signal, not queued again: it has been MAX_RESTARTS=0 times" in slurm.log(job)
     clips = 5 + max(int(path.stem[5:]) for path in several.glob("clip-*.wav"))
+    assert clips < 2000
     more = slurm.submit("sample.slurm", *argv, str(several), "--clips", str(clips))
     scores = [model, "--data", str(tiny_shards), "--segment", "512", "--out"]
     beside = slurm.submit("evaluate.slurm", *scores, str(tmp_path / "several.json"))
