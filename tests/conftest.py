@@ -109,11 +109,10 @@ def launcher(processes: int) -> list[str]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run, and long trials that were not asked for."""
+    """Skip, with the reason, what this machine cannot run."""
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device here",
         "slurm": None if shutil.which("slurmctld") else "slurmctld is not installed here",
-        "soak": None if "soak" in config.getoption("markexpr") else "a long trial: ask for it with -m soak",
     }
     for item in items:
         for marker, reason in missing.items():
