@@ -6,7 +6,7 @@ if [ -z "${SKIP_SETUP:-}" ]; then
     # Installed once for every state of pyproject.toml.
     if ! cmp -s pyproject.toml .venv/installed-pyproject.toml; then
         python -m pip install --quiet --upgrade pip
-        python -m pip install --quiet --editable '.[keops,remote,dev]'
+        python -m pip install --quiet --editable '.[keops,remote,deepspeed,dev]'
         cp pyproject.toml .venv/installed-pyproject.toml
     fi
 fi

@@ -11,19 +11,20 @@ from torch import nn
 from sashimi.audio import Quantizer
 from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, load_model_folder, load_weights, rewind
 from sashimi.config import adopt_model, parse_run_config, save_config
-from sashimi.distributed import Distributed, ignore_stop_signals, run_command
+from sashimi.distributed import ignore_stop_signals, run_command
 from sashimi.model import Sashimi
 from sashimi.parsing import to_dict
 from sashimi.sampler import generate
 from sashimi.stream import Place, TrainingData
 from sashimi.tracking import RunTracker, Tracker
 from sashimi.trainer import Trainer
+from sashimi.zero import join
 
 
 def main() -> None:
     """Everything that a run is made of, put together; then `Trainer.train`."""
     config = parse_run_config(sys.argv[1:])
-    dist = Distributed(config.train.timeout_minutes)
+    dist = join(config.train.timeout_minutes)
     tracker = Tracker()
     note = tracker.note if dist.is_main else lambda text: None
     checkpoints, checkpoint, weights = config.folder / "checkpoints", None, None
@@ -63,9 +64,9 @@ def main() -> None:
     def listen(model: nn.Module, step: int) -> None:
         track, rate = config.track, config.audio.sample_rate
         if track.audio_every and step % track.audio_every == 0:
-            with tracker.pause():
+            with tracker.pause(), dist.whole_model(model) as whole:
                 own, samples = range(dist.rank, track.audio_clips, dist.world_size), round(track.audio_seconds * rate)
-                ids = [generate(model, samples, [i], seed=config.seed)[0] for i in own]
+                ids = [generate(whole, samples, [i], seed=config.seed)[0] for i in own]
                 tracker.audio(step, dist.gather([Quantizer(config.audio).decode(clip) for clip in ids]), rate)
 
     with dist.stop_signals():

@@ -8,13 +8,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sashimi.errors import InputError
 
 MANIFEST = "manifest.json"
+Entry = dict[str, Any]
+"""A file in a manifest: {"bytes": its size, "sha256": its checksum in hexadecimal}."""
+
 UNFINISHED = ".tmp-"  # prefix of what is being written or deleted; nobody reads it
 
 
@@ -59,22 +62,21 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, to_json(value))
 
 
-def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
+def write_folder(folder: Path, files: Iterable[tuple[str, bytes]], parts: Mapping[str, Entry] | None = None) -> None:
     """Make or replace `folder` with these files and their manifest. An OSError leaves what was there before.
 
-    One process at a time may write one folder; what a killed one left of it is cleared away.
+    One process at a time may write one folder; what a killed one left of it is cleared away. Where others write files
+    of it, it calls `begin_folder`, they `write_part`, and then it calls this with what they got, by name, as `parts`.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(UNFINISHED + folder.name)
-    for stale in (unfinished, _removed(folder)):
-        if stale.exists():
-            shutil.rmtree(stale)
+    if parts is None:
+        begin_folder(folder)
+    unfinished, entries = _unfinished(folder), dict(parts or {})
     try:
-        unfinished.mkdir()
-        entries = {}
+        for name, entry in entries.items():
+            if (unfinished / name).stat().st_size != entry["bytes"]:
+                raise OSError(f"{unfinished / name}: not as another process wrote it; use storage that all nodes share")
         for name, content in files:
-            _write_flushed(unfinished / name, content)
-            entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            entries[name] = _write_entry(unfinished / name, content)
         _write_flushed(unfinished / MANIFEST, to_json({"files": entries}))
         _flush_folder(unfinished)
         replaced = folder.rename(_removed(folder)) if folder.exists() else None
@@ -84,6 +86,25 @@ def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
     if replaced is not None:
         shutil.rmtree(replaced)
+
+
+def begin_folder(folder: Path) -> None:
+    """Make the empty place where `folder` is written until it is whole."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for stale in (_unfinished(folder), _removed(folder)):
+        if stale.exists():
+            shutil.rmtree(stale)
+    _unfinished(folder).mkdir()
+
+
+def write_part(folder: Path, name: str, content: bytes) -> Entry:
+    """Write one file of a folder that another process has begun and will finish, and return its manifest's entry."""
+    return _write_entry(_unfinished(folder) / name, content)
+
+
+def abandon_folder(folder: Path) -> None:
+    """Delete what `begin_folder` and `write_part` have made."""
+    shutil.rmtree(_unfinished(folder), ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
@@ -120,6 +141,10 @@ def faults(folder: Path) -> list[str]:
     return found
 
 
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(UNFINISHED + folder.name)
+
+
 def _removed(folder: Path) -> Path:
     return folder.with_name(f"{UNFINISHED}{folder.name}-removed")
 
@@ -127,6 +152,11 @@ def _removed(folder: Path) -> Path:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_entry(path: Path, content: bytes) -> Entry:
+    _write_flushed(path, content)
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _write_flushed(path: Path, content: bytes) -> None:

@@ -3,10 +3,12 @@
     runs/NAME/best.json                         {"step": ..., "valid/bits": ...}
     runs/NAME/checkpoints/step-00001000/        model.safetensors, ema.safetensors (if averaged), optimizer.safetensors,
                                                 config.json (the run's), state.json, manifest.json
+                                                under ZeRO, zero-00000.pt, ... of each rank for optimizer.safetensors
 
 A *model folder* has model.safetensors (or ema.safetensors, which goes first) and a config.json with "model" and
-"audio"; every checkpoint is one. Nothing here is ever unpickled, so folders from strangers are safe to load. One
-process writes; any number may read.
+"audio"; every checkpoint is one. Nothing here is ever unpickled, so folders from strangers are safe to load: zero.py
+alone reads the .pt files, of a run that goes on. One process writes, after all have written theirs under ZeRO; any
+number may read.
 """
 
 import re
@@ -35,9 +37,10 @@ FREE_ON_RESUME = frozenset(
 class Checkpoint(NamedTuple):
     """All that a run needs to go on. Tensors are on the CPU, keyed by parameter name."""
 
+    folder: Path
     step: int  # finished optimizer steps
     model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]  # see optim.optimizer_tensors
+    optimizer: dict[str, Tensor]  # see optim.optimizer_tensors; empty under ZeRO, where ranks have their parts
     ema: dict[str, Tensor] | None
     state: dict[str, Any]  # the trainer's: position, plateau, loss scale, ...
     config: dict[str, Any]  # the run's, with "model" and "audio"
@@ -54,23 +57,47 @@ def save_checkpoint(
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     ema: Mapping[str, Tensor] | None = None,
+    parts: Mapping[str, atomic.Entry] | None = None,
 ) -> Path:
     """Write `folder`/step-XXXXXXXX and return it. OSError (a full disk, say) leaves `folder` as it was.
 
     `folder` is runs/NAME/checkpoints; `state` and `config` must be JSON. A checkpoint of that step is replaced.
+    `parts`: what the ranks' `save_part` returned, where the optimizer's state is theirs.
     """
 
     def files() -> Iterator[tuple[str, bytes]]:
         yield "model.safetensors", _to_safetensors(model)
         if ema is not None:
             yield "ema.safetensors", _to_safetensors(ema)
-        yield "optimizer.safetensors", _to_safetensors(optimizer)
+        if parts is None:
+            yield "optimizer.safetensors", _to_safetensors(optimizer)
         yield "config.json", atomic.to_json(config)
         yield "state.json", atomic.to_json({**state, "step": step})
 
-    target = folder / f"step-{step:08d}"
-    atomic.write_folder(target, files())
+    target = _folder(folder, step)
+    atomic.write_folder(target, files(), parts)
     return target
+
+
+def begin_checkpoint(folder: Path, step: int) -> None:
+    """What one process does before each writes its part with `save_part`; then it calls `save_checkpoint`."""
+    atomic.begin_folder(_folder(folder, step))
+
+
+def save_part(folder: Path, step: int, rank: int, content: bytes) -> tuple[str, atomic.Entry]:
+    """Write a rank's share of the optimizer's state; returns an item of `parts` for `save_checkpoint`."""
+    name = part_name(rank)
+    return name, atomic.write_part(_folder(folder, step), name, content)
+
+
+def part_name(rank: int) -> str:
+    """The file of a rank's share in a checkpoint."""
+    return f"zero-{rank:05d}.pt"
+
+
+def abandon_checkpoint(folder: Path, step: int) -> None:
+    """Delete a checkpoint that was begun, and of which a part could not be written."""
+    atomic.abandon_folder(_folder(folder, step))
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
@@ -124,9 +151,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     state = atomic.read_json(folder / "state.json")
     ema = folder / "ema.safetensors"
     return Checkpoint(
+        folder=folder,
         step=state.pop("step"),
         model=_read_safetensors(folder / "model.safetensors"),
-        optimizer=_read_safetensors(folder / "optimizer.safetensors"),
+        optimizer={} if state.get("zero_stage") else _read_safetensors(folder / "optimizer.safetensors"),
         ema=_read_safetensors(ema) if ema.exists() else None,
         state=state,
         config=atomic.read_json(folder / "config.json"),
@@ -191,6 +219,20 @@ def compare_configs(saved: Mapping[str, Any], current: Mapping[str, Any]) -> Non
                     f"{field}={new.get(field)}: the checkpoint to resume from has {old.get(field)}; put that back, "
                     "or start another run from its weights with --init-from and a new --name"
                 )
+
+
+def compare_engines(state: Mapping[str, Any], zero_stage: int, world_size: int) -> None:
+    """InputError if a run may not resume: the optimizer's state is divided otherwise, by ZeRO, than it would be."""
+    saved = (state.get("zero_stage", 0), state["world_size"])
+    if saved != (zero_stage, world_size) and (saved[0] or zero_stage):
+        old, new = (
+            f"ZeRO stage {stage} on {ranks} processes" if stage else "DDP"
+            for stage, ranks in (saved, (zero_stage, world_size))
+        )
+        raise InputError(
+            f"the checkpoint to resume from is of {old}, and this is {new}; start it as it was, "
+            "or start another run from its weights with --init-from and a new --name"
+        )
 
 
 # ---- model folders
@@ -297,6 +339,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 
 # ---- helpers
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

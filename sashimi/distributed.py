@@ -32,12 +32,22 @@ T = TypeVar("T")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
+_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
+
+
+def deepspeed_file() -> str | None:
+    """DeepSpeed's configuration by the launcher's choice: "" if it asks for DeepSpeed and names none; None: DDP."""
+    asked = os.environ.get(_DEEPSPEED, "").lower() == "true"
+    return os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "") if asked else None
+
 
 class Distributed:
     """This process among those that a launcher started: rank, device, precision, and what they do together."""
 
     def __init__(self, timeout_minutes: float = 30) -> None:
         """Join the others. Precision and devices are the launcher's choice; a machine without a GPU uses gloo."""
+        # Accelerate would bring its own DeepSpeed; zero.py has ours, and what does not train needs none.
+        asked = os.environ.pop(_DEEPSPEED, None)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
             gradient_accumulation_steps=1,
@@ -46,6 +56,8 @@ class Distributed:
                 InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
             ],
         )
+        if asked is not None:
+            os.environ[_DEEPSPEED] = asked
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the argument, and backward() would divide by it.
         self.accelerator.gradient_accumulation_steps = 1
         self.rank = self.accelerator.process_index
@@ -55,6 +67,7 @@ class Distributed:
         self.precision = self.accelerator.mixed_precision
         restarts = os.environ.get("SLURM_RESTART_COUNT", "")  # set from the second time on that SLURM runs the job
         self.restarts = int(restarts) if restarts.isdecimal() else 0
+        self.zero_stage = 0  # 1 to 3 in zero.Zero
         self.stop_requested = False
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -97,6 +110,10 @@ class Distributed:
     def loss_scale(self, state: dict[str, Any]) -> None:
         if self.accelerator.scaler is not None and state:
             self.accelerator.scaler.load_state_dict(state)
+
+    def whole_model(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Within: the model with its whole weights, to read and run. All ranks enter together."""
+        return nullcontext(model)
 
     def sum(self, *values: float) -> list[float]:
         """Sums over the ranks, in one small all-reduce of float64."""

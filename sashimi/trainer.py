@@ -16,13 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sashimi.atomic import Entry
 from sashimi.checkpoint import (
     Checkpoint,
+    abandon_checkpoint,
+    begin_checkpoint,
     best_step,
+    compare_engines,
     has_checkpoint,
     load_weights,
+    part_name,
     prune,
     save_checkpoint,
+    save_part,
     write_best,
 )
 from sashimi.distributed import Distributed
@@ -42,6 +48,7 @@ from sashimi.optim import (
 )
 from sashimi.stream import Batch, TrainingData
 from sashimi.tracking import Tracker
+from sashimi.zero import Zero
 
 _UNREADABLE = "restore the shards and go on with --resume auto"
 _DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
@@ -139,7 +146,12 @@ class Trainer:
         self.config, self.optim, self.seed, self.run_config = config, optim, seed, run_config
         self.folder, self.tracker = folder, Tracker()
         self.state = RunState()
+        if optim.ema and dist.zero_stage == 3:
+            raise InputError(
+                f"optim.ema={optim.ema}: ZeRO stage 3 divides the weights; use stage 1 or 2, or set it to 0"
+            )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.n_parameters = sum(p.numel() for p in self.parameters)
         self.ema = build_ema(model, optim.ema) if optim.ema else None
         self.raw_optimizer = build_optimizer(model.named_parameters(), optim)
         self.objective, self.optimizer = dist.prepare(Objective(model), self.raw_optimizer)
@@ -151,8 +163,12 @@ class Trainer:
                 f"data.shards={self.data.data.shards}: not the shards that the checkpoint was trained on; name those, "
                 "or start another run from its weights with --init-from and a new --name"
             )
-        load_weights(self.model, checkpoint.model, "checkpoint")
-        restore_optimizer(self.raw_optimizer, self.model.named_parameters(), checkpoint.optimizer)
+        compare_engines(checkpoint.state, self.dist.zero_stage, self.dist.world_size)
+        if isinstance(self.dist, Zero):
+            self.dist.restore_optimizer_part(checkpoint.folder / part_name(self.dist.rank))
+        else:
+            load_weights(self.model, checkpoint.model, "checkpoint")
+            restore_optimizer(self.raw_optimizer, self.model.named_parameters(), checkpoint.optimizer)
         if self.ema is not None:
             # A run that had no average so far starts one from its weights.
             restore_ema(self.ema, checkpoint.ema or checkpoint.model, checkpoint.state["ema_updates"])
@@ -160,18 +176,36 @@ class Trainer:
         self.state = RunState.from_json(checkpoint.step, checkpoint.state)
 
     def save(self) -> bool:
-        """Write a checkpoint, and wait for it on every rank. False, and a message, if it could not be written."""
-        with self.tracker.pause():
-            failed = False
-            if self.dist.is_main:
-                try:
-                    self._write_checkpoint()
-                except OSError as error:
-                    failed = True
-                    self.tracker.note(f"step {self.state.step} is NOT SAVED: {error}; older checkpoints stand")
-            return not any(self.dist.sum(failed))
+        """Write a checkpoint, all ranks together. False, and a message, if it could not be written."""
+        dist, place = self.dist, (self.folder, self.state.step)
+        with self.tracker.pause(), dist.whole_model(self.model) as model:
+            parts: dict[str, Entry] | None = None
+            if isinstance(dist, Zero):
+                if self._on_all(lambda: begin_checkpoint(*place) if dist.is_main else None) is None:
+                    return False
+                written = self._on_all(lambda: save_part(*place, dist.rank, dist.optimizer_part()))
+                if written is None:
+                    if dist.is_main:
+                        abandon_checkpoint(*place)
+                    return False
+                parts = dict(written)
+            weights = model.state_dict()
+            return self._on_all(lambda: self._write_checkpoint(weights, parts) if dist.is_main else None) is not None
 
-    def _write_checkpoint(self) -> None:
+    def _on_all(self, write: Callable[[], Any]) -> list[Any] | None:
+        """What each rank's `write` returned, in their order; None, and a message, if one of them could not write."""
+        result, failure = None, ""
+        try:
+            result = write()
+        except OSError as error:
+            failure = str(error)
+        results = self.dist.gather([(result, failure)])
+        if reasons := "; ".join(failure for _, failure in results if failure):
+            self.tracker.note(f"step {self.state.step} is NOT SAVED: {reasons}; older checkpoints stand")
+            return None
+        return [result for result, _ in results]
+
+    def _write_checkpoint(self, weights: dict[str, Tensor], parts: dict[str, Entry] | None) -> None:
         now, run = self.state, self.folder.parent
         state = {
             **now.to_json(),
@@ -179,16 +213,18 @@ class Trainer:
             "loss_scale": self.dist.loss_scale,
             "data": self.data.fingerprint,
             "world_size": self.dist.world_size,
+            "zero_stage": self.dist.zero_stage,
             "mixed_precision": self.dist.precision,
         }
         save_checkpoint(
             self.folder,
             now.step,
-            self.model.state_dict(),
+            weights,
             optimizer_tensors(self.raw_optimizer, self.model.named_parameters()),
             state,
             self.run_config,
             None if self.ema is None else self.ema.module.state_dict(),
+            parts,
         )
         if now.best_step is not None and now.best_bits is not None and has_checkpoint(self.folder, now.best_step):
             write_best(run, now.best_step, now.best_bits)
@@ -206,11 +242,12 @@ class Trainer:
         """
         self.tracker = tracker
         if self.dist.is_main:
-            size, place = sum(p.numel() for p in self.parameters), f"{self.dist.world_size} x {self.dist.device.type}"
-            how = f"precision {self.dist.precision}"
+            place, how = f"{self.dist.world_size} x {self.dist.device.type}", f"precision {self.dist.precision}"
+            if self.dist.zero_stage:
+                how += f", ZeRO stage {self.dist.zero_stage}"
             if self.dist.restarts:
                 how += f", restart {self.dist.restarts} of the SLURM job"
-            tracker.note(f"from step {self.state.step}: {size:,} parameters on {place}, {how}")
+            tracker.note(f"from step {self.state.step}: {self.n_parameters:,} parameters on {place}, {how}")
         if self.dist.restarts:
             tracker.log(self.state.step, {"slurm_restarts": self.dist.restarts})
         if self.state.step == 0:
@@ -264,7 +301,7 @@ class Trainer:
             seconds = time.perf_counter() - start  # of the second one: the first compiles and allocates
         memory = [int(line) for line in self.dist.gather([str(self.dist.peak_memory())])]
         lines = {
-            "parameters": f"{sum(p.numel() for p in self.parameters):,}",
+            "parameters": f"{self.n_parameters:,}",
             "segments per epoch": f"{self.data.segments_per_epoch:,}",
             "steps per epoch": f"{self.data.segments_per_epoch / self.config.batch_size:,.1f}",
             "batch": f"{self.config.batch_size} segments = {self.dist.world_size} ranks x "

@@ -1,5 +1,6 @@
 """Shared by the tests that train: tiny real shards, and the commands run in this process or in several real ones."""
 
+import importlib.util
 import json
 import os
 import resource
@@ -8,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,13 +90,16 @@ def curve(lines: list[dict]) -> list[tuple[int, str, float]]:
     return [(line["step"], name, line[name]) for line in lines for name in line if name.endswith("/bits")]
 
 
-def launch(processes: int, script: str, argv: list[str], timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run a script with `accelerate launch` on several CPU processes of one thread each."""
+def launch(
+    processes: int, script: str, argv: list[str], timeout: float = 240, options: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run a script with `accelerate launch` (and `options`) on several CPU processes of one thread each."""
     return subprocess.run(
-        [*launcher(processes), str(ROOT / script), *argv],
+        [*launcher(processes), *options, str(ROOT / script), *argv],
         capture_output=True,
         text=True,
         timeout=timeout,
+        cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         check=False,
     )
@@ -112,6 +116,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip, with the reason, what this machine cannot run."""
     missing = {
         "gpu": None if torch.cuda.is_available() else "no CUDA device here",
+        "deepspeed": None if importlib.util.find_spec("deepspeed") else "deepspeed is not installed here",
         "slurm": None if shutil.which("slurmctld") else "slurmctld is not installed here",
     }
     for item in items:

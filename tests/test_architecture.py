@@ -42,7 +42,8 @@ ARROWS: dict[str, set[str]] = {
     "tracking": {"atomic"},
     "checkpoint": {"atomic", "audio", "foreign.legacy", "model", "parsing"},
     "distributed": set(),
-    "trainer": {"checkpoint", "distributed", "loss", "optim", "stream", "tracking"},
+    "zero": {"atomic", "distributed"},
+    "trainer": {"atomic", "checkpoint", "distributed", "loss", "optim", "stream", "tracking", "zero"},
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling
     "native.library": set(),
@@ -57,7 +58,7 @@ ARROWS: dict[str, set[str]] = {
     "": {"audio", "checkpoint", "model", "sampler"},
 }
 
-PROCESSES = {"accelerate", "deepspeed", "signal", "torch.distributed"}  # imported by distributed.py alone
+PROCESSES = {"accelerate", "signal", "torch.distributed"}  # imported by distributed.py alone
 QUESTIONS = {  # asked by distributed.py alone
     "os.environ",
     "os.getenv",
@@ -126,6 +127,18 @@ def test_one_file_asks_about_processes(path: Path) -> None:
         questions = (asked(path) | imported(path)) & QUESTIONS
         assert not about
         assert not {question for question in questions if (path.stem, question) not in EXCEPTIONS}
+
+
+def test_deepspeed_is_optional() -> None:
+    """One module imports it, where it is used: training with DDP, evaluation and sampling go without.
+
+    Mutation: `import deepspeed` at the top of zero.py, or anywhere else.
+    """
+    for path in modules("sashimi") + modules("launch") + modules("tools"):
+        uses = {dotted for dotted in imported(path) if dotted.partition(".")[0] == "deepspeed"}
+        assert not uses or path.name == "zero.py"
+        for node in ast.parse(path.read_text()).body:
+            assert not isinstance(node, ast.Import | ast.ImportFrom) or "deepspeed" not in ast.unparse(node).split()
 
 
 def test_the_arrows_have_no_cycle() -> None:
