@@ -39,10 +39,10 @@ FIRST_SCALE, GROWTH_STEPS = 65536.0, 2000
 OBJECTS = ("loss_scaler", "zero_stage", "param_slice_mappings")
 
 
-def join() -> Distributed:
+def join(timeout_minutes: float = 30) -> Distributed:
     """This process among those that were started to train: with ZeRO if the launcher asks for DeepSpeed, else DDP."""
     file = deepspeed_file()
-    return Distributed() if file is None else Zero(file)
+    return Distributed(timeout_minutes) if file is None else Zero(file, timeout_minutes)
 
 
 def read_config(file: str) -> dict[str, Any]:

@@ -70,6 +70,39 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, before: str, size: int)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
+def test_parts_that_others_write(tmp_path: Path) -> None:
+    """They are in the manifest, and what a killed save left is not. Mutation: `entries = {}` in `write_folder`."""
+    folder = tmp_path / "step-1"
+    atomic.begin_folder(folder)
+    atomic.write_part(folder, "stale", b"1")
+    atomic.begin_folder(folder)
+    parts = {name: atomic.write_part(folder, name, name.encode() * 100) for name in ("0.pt", "1.pt")}
+    assert not folder.exists()
+    atomic.write_folder(folder, FILES, parts)
+    assert atomic.faults(folder) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["0.pt", "1.pt", "a.bin", "b.json", "manifest.json"]
+    (folder / "1.pt").write_bytes(b"1.pt" * 99 + b"!.pt")
+    assert atomic.faults(folder) == [f"{folder / '1.pt'}: SHA-256 differs from the manifest"]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_part_that_is_not_there(tmp_path: Path, lost: bool) -> None:
+    """Law 14. Written on another machine's own disk, or not by all: no folder of it; the old one stands.
+
+    Mutation: drop the loop over `parts` in `write_folder`.
+    """
+    folder = tmp_path / "step-1"
+    atomic.write_folder(folder, FILES)
+    atomic.begin_folder(folder)
+    part = atomic.write_part(folder, "0.pt", b"1")
+    if lost:
+        (tmp_path / ".tmp-step-1/0.pt").unlink()
+    with pytest.raises(OSError, match=r"0\.pt"):
+        atomic.write_folder(folder, FILES, {"0.pt": part if lost else part | {"bytes": 2}})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert atomic.faults(folder) == []
+
+
 def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     """Mutation: write to `path` itself in `write_file`."""
     atomic.write_json(tmp_path / "x.json", {"old": 1})

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import command, curve, disk_of, metrics
 from safetensors.torch import load_file
 
 from sashimi import trainer
+from sashimi.distributed import Distributed
 from sashimi.shard_writer import write_split
 from sashimi.tracking import RunTracker, TrackConfig
 from sashimi.trainer import Trainer
@@ -91,6 +93,27 @@ def test_signals_during_saves_lose_nothing(train: Train, tmp_path: Path, monkeyp
             assert saves[-1] == stopped_at
     assert saves == [4, 6]
     assert curve(train("run")) == curve(unbroken)
+
+
+def test_the_loss_scale_is_kept(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 12 with fp16's scaler, here on a model in float32: its scale and its count of good steps go on.
+
+    Mutation: leave out `self.dist.loss_scale = ...` in `Trainer.restore`.
+    """
+    join = Distributed.__init__
+
+    def with_scaler(self: Distributed) -> None:
+        join(self)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+
+    monkeypatch.setattr(Distributed, "__init__", with_scaler)
+    folder = tmp_path / "runs/run/checkpoints"
+    unbroken = train("run", *KEEP)
+    before = json.loads((folder / "step-00000012/state.json").read_text())
+    assert before["loss_scale"]["scale"] == 4.0 * 2**4
+    resumed = train("run", *KEEP, "--resume", str(folder / "step-00000004"))
+    assert curve(resumed) == curve(unbroken)
+    assert json.loads((folder / "step-00000012/state.json").read_text()) == before
 
 
 def test_resume_auto_of_a_finished_run_changes_nothing(train: Train, tmp_path: Path) -> None:
