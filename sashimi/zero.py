@@ -82,10 +82,19 @@ class Zero(Distributed):
 
     def __init__(self, file: str, timeout_minutes: float = 30) -> None:
         """Args: file: a DeepSpeed configuration, JSON. InputError for one that will not do."""
-        self.file, self.config = file, read_config(file)
+        self.config = read_config(file)
         if importlib.util.find_spec("deepspeed") is None:
             raise InputError("DeepSpeed is not installed: pip install 'sashimi[deepspeed]', or start without it")
+        # DeepSpeed wants numbers here, for its reports; the trainer feeds it micro-batches as the run's fields say.
+        self.config |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         super().__init__(timeout_minutes)
+        import deepspeed
+
+        try:
+            deepspeed.DeepSpeedConfig(self.config)
+        except (ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split()).partition(" For further")[0]
+            raise InputError(f"{file}: DeepSpeed does not take it: {reason}") from None
         if self.precision != "no":
             raise InputError(
                 f"mixed_precision={self.precision}: DeepSpeed's precision is torch_autocast of {file}; "
@@ -109,9 +118,8 @@ class Zero(Distributed):
         # Before DeepSpeed hooks into the module: the same one without weights, see `whole_model`.
         self.hollow = copy.deepcopy(module).to("meta")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of its collectives
-        config = self.config | {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=config, dist_init_required=False
+            model=module, optimizer=optimizer, config=self.config, dist_init_required=False
         )
         # DeepSpeed's own scaler for fp16 looks at this rank's share of the gradient alone, once a parameter group.
         self.optimizer.torch_autocast_gradscaler = None

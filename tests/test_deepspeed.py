@@ -5,8 +5,11 @@ Every run goes through what may befall a step, see SCRIPT, so that equal curves 
 
 import json
 import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +121,8 @@ class Runs:
     def options(self, stage: int, precision: str) -> list[str]:
         """The launcher's: a file of launch/deepspeed, but in this precision and with every parameter divided."""
         if not stage:
-            return ["--mixed_precision", precision]
+            name = "accelerate_config.yaml" if precision == "bf16" else "launch/accelerate/cpu.yaml"
+            return ["--config_file", str(ROOT / name)]
         config = json.loads((ROOT / f"launch/deepspeed/zero{stage}.json").read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         config["torch_autocast"]["enabled"] = precision != "no"
@@ -261,7 +265,9 @@ def test_a_zero_run_is_a_model_folder(
     valid = column(runs.get(3), "valid/bits")
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    command("launch/evaluate.py", [str(run), "--split", "valid"], monkeypatch)
+    with monkeypatch.context() as launched_for_deepspeed:
+        launched_for_deepspeed.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        command("launch/evaluate.py", [str(run), "--split", "valid"], monkeypatch)
     assert json.loads(capsys.readouterr().out)["bits_per_sample"] == pytest.approx(min(valid), rel=1e-6)
     command("launch/train.py", [*runs.arguments("tuned"), "--init_from", str(run), "--train.steps", "1"], monkeypatch)
     assert column(metrics(runs.folder / "tuned"), "valid/bits")[0] == pytest.approx(min(valid), rel=1e-6)
@@ -325,20 +331,30 @@ def test_configurations_that_will_not_do(tmp_path: Path, change: dict[str, Any],
     assert message in str(error.value)
 
 
+@pytest.mark.deepspeed
 @pytest.mark.parametrize(
-    ("environment", "message"),
+    ("file", "message"),
     [
-        ({}, "DeepSpeed without a configuration: start with accelerate launch --config_file launch/accelerate/zero2"),
-        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "nothing.json"}, "nothing.json: no such file"),
-        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO[0])}, "ZeRO divides over processes, and this is the only one"),
+        (
+            None,
+            "^DeepSpeed without a configuration: start with accelerate launch --config_file launch/accelerate/zero2",
+        ),
+        ("nothing.json", "^nothing.json: no such file"),
+        (str(ZERO[0]), "^ZeRO divides over processes, and this is the only one; start without DeepSpeed"),
+        ("typo.json", "typo.json: DeepSpeed does not take it: .* stge Extra inputs"),
     ],
 )
-@pytest.mark.deepspeed
-def test_starts_that_will_not_do(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str) -> None:
-    """One line each. Mutation: drop the check of `world_size`."""
+def test_starts_that_will_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str | None, message: str
+) -> None:
+    """One line each. Mutation: drop the check of `world_size`, or that of DeepSpeed itself."""
+    if file == "typo.json":
+        file = str(tmp_path / file)
+        config = json.loads(ZERO[0].read_text())
+        Path(file).write_text(json.dumps(config | {"zero_optimization": {"stage": 1, "stge": 1}}))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    if file is not None:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
     with pytest.raises(InputError, match=message):
         join()
 
@@ -360,6 +376,39 @@ def test_averaged_weights_need_whole_ones(tiny_shards: Path, tmp_path: Path) -> 
 
 
 # ---- the launchers' files
+
+
+def test_one_gpus_file(runs: Runs) -> None:
+    """Without a GPU it is one process in bfloat16: the losses of two, to 1e-3, until rank 1 spoils one.
+
+    Mutation: `mixed_precision: "no"` there.
+    """
+    options = ["--config_file", str(ROOT / "launch/accelerate/single-gpu.yaml")]
+    done = launch(1, str(runs.script), runs.arguments("single"), timeout=480, options=options)
+    assert done.returncode == 0, done.stderr
+    assert "1 x cpu, precision bf16" in done.stderr
+    single, pair = metrics(runs.folder / "single"), runs.get(0, "bf16")
+    assert column(single, "train/bits")[:2] == pytest.approx(column(pair, "train/bits")[:2], rel=1e-3)
+
+
+def test_several_machines_file(runs: Runs) -> None:
+    """Two launchers, one process each, as on two machines: the curve of one launcher's two processes.
+
+    Mutation: leave `main_process_port` out of both it and the commands.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def machine(rank: int) -> subprocess.CompletedProcess[str]:
+        file = ["--config_file", str(ROOT / "launch/accelerate/multi-node.yaml"), "--machine_rank", str(rank)]
+        place = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+        return launch(2, str(runs.script), runs.arguments("machines"), timeout=480, options=[*file, *place])
+
+    with ThreadPoolExecutor() as pool:
+        for done in pool.map(machine, (0, 1)):
+            assert done.returncode == 0, done.stderr
+    same(metrics(runs.folder / "machines"), runs.get(0, "bf16"), rel=1e-6)
 
 
 @pytest.mark.parametrize("file", LAUNCHED, ids=lambda file: file.stem)
