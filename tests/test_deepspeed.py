@@ -4,6 +4,7 @@ Every run goes through what may befall a step, see SCRIPT, so that equal curves 
 """
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -357,6 +358,26 @@ def test_starts_that_will_not_do(
         monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", file)
     with pytest.raises(InputError, match=message):
         join()
+
+
+@pytest.mark.deepspeed
+def test_two_precisions(tiny_shards: Path, tmp_path: Path) -> None:
+    """The launcher's beside the configuration's: one line, and no run. Mutation: drop the check in `Zero.__init__`."""
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO[0])}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), "--runs", str(tmp_path), "--data.shards", str(tiny_shards)],
+        env=os.environ | asked | {"ACCELERATE_MIXED_PRECISION": "bf16", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 2
+    line = (
+        f"error: mixed_precision=bf16: DeepSpeed's precision is torch_autocast of {ZERO[0]}; set mixed_precision to no"
+    )
+    assert done.stderr.splitlines()[-1] == line
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
