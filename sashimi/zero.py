@@ -115,8 +115,9 @@ class Zero(Distributed):
         if self.device.type == "cpu":
             # Or it compiles collectives of its own first, for a minute; gloo's do.
             deepspeed.ops.__compatible_ops__ = {}
-        # Before DeepSpeed hooks into the module: the same one without weights, see `whole_model`.
-        self.hollow = copy.deepcopy(module).to("meta")
+        if self.zero_stage == 3:
+            # Before DeepSpeed hooks into the module: the same one without weights, see `whole_model`.
+            self.hollow = copy.deepcopy(module).to("meta")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # of its collectives
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config, dist_init_required=False
@@ -197,6 +198,12 @@ class Zero(Distributed):
     def restore_optimizer_part(self, file: Path) -> None:
         """Put back what `optimizer_part` returned on this rank. Hyperparameters stay as they are. All ranks call it."""
         state = torch.load(file, map_location="cpu", weights_only=True)
+        shapes, saved = ([part.shape for part in _weights(held)] for held in (self.optimizer.state_dict(), state))
+        if shapes != saved:
+            raise InputError(
+                f"{file}: zero_optimization divided the weights otherwise; put its settings back, or start another run "
+                "from its weights with --init-from and a new --name"
+            )
         state["loss_scaler"] = self.optimizer.loss_scaler
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict([state] * self.world_size, load_from_fp32_weights=True)
@@ -218,3 +225,8 @@ class Zero(Distributed):
             self.scale /= 2
         elif self.good_steps == GROWTH_STEPS:
             self.scale, self.good_steps = self.scale * 2, 0
+
+
+def _weights(state: dict[str, Any]) -> list[Tensor]:
+    """A rank's share of the weights in DeepSpeed's optimizer state, at stage 1 and 2 or 3."""
+    return state.get("single_partition_of_fp32_groups") or state["fp32_flat_groups"]

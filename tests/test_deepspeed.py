@@ -217,6 +217,21 @@ def test_resume_is_no_interruption(runs: Runs, stage: int, precision: str) -> No
 
 
 @pytest.mark.deepspeed
+def test_weights_divided_otherwise(runs: Runs) -> None:
+    """DeepSpeed would take a part of them for the whole. Mutation: drop the comparison of `shapes`."""
+    runs.get(3)
+    options = runs.options(3, "no")
+    file = Path(options[-1])
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"zero_optimization": config["zero_optimization"] | {"sub_group_size": 2000}}))
+    done = launch(2, str(runs.script), runs.arguments("3-no", "--train.steps", "20"), timeout=480, options=options)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "zero-00000.pt: zero_optimization divided the weights otherwise; put its settings back" in line
+    assert "--init-from" in line
+
+
+@pytest.mark.deepspeed
 def test_fp16_loses_little(runs: Runs) -> None:
     """With a loss scale that overflows at first, the later losses are those of float32 to 2 %."""
     half, single = (column(runs.get(*which), "valid/bits") for which in ((2, "fp16"), (0, "no")))
