@@ -139,6 +139,12 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("deepspeed"), tiny_shards)
 
 
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed imports torch's compiler, which takes seconds in each process; nothing here is compiled."""
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+
+
 def column(lines: list[dict], name: str) -> list[float | None]:
     return [line[name] for line in lines if name in line]
 
