@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sashimi.audio import Quantizer
 from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, load_model_folder, load_weights, rewind
@@ -61,7 +60,7 @@ def main() -> None:
         save_config(replace(config, resume="auto"), config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
 
-    def listen(model: nn.Module, step: int) -> None:
+    def listen(model: torch.nn.Module, step: int) -> None:
         track, rate = config.track, config.audio.sample_rate
         if track.audio_every and step % track.audio_every == 0:
             with tracker.pause(), dist.whole_model(model) as whole:
