@@ -102,8 +102,8 @@ def test_the_loss_scale_is_kept(train: Train, tmp_path: Path, monkeypatch: pytes
     """
     join = Distributed.__init__
 
-    def with_scaler(self: Distributed) -> None:
-        join(self)
+    def with_scaler(self: Distributed, timeout_minutes: float = 30) -> None:
+        join(self, timeout_minutes)
         self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
 
     monkeypatch.setattr(Distributed, "__init__", with_scaler)
