@@ -5,7 +5,9 @@ audio between files and memory.
 """
 
 import io
+import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,9 @@ from torch import Tensor
 
 from sashimi.atomic import write_file
 from sashimi.errors import InputError
+
+MAX_RATE = 10_000_000  # Hz; no sound card's, and a bound for what a damaged header makes us allocate
+MAX_BLOCK = 1 << 24  # values read at once, over all channels
 
 QuantizerName = Literal["mu-law", "linear", "mu-law-minmax", "linear-minmax"]
 
@@ -116,10 +121,13 @@ def read_header(path: Path) -> Header:
     The length is exact but for an mp3 without a Xing or Info frame, where it is an estimate.
     """
     try:
-        with open(path, "rb") as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise AudioFault(path, "unreadable: not a file")
+        with open(path, "rb") as file:  # libsndfile itself opens no names that are not UTF-8
             if not file.read(1):
                 raise AudioFault(path, "empty: 0 bytes")
-        info = sf.info(path)
+            file.seek(0)
+            info = sf.info(file)
     except (OSError, sf.LibsndfileError) as error:
         raise AudioFault(path, f"unreadable: {_short(error)}") from error
     cut = _cut_short(info.extra_info)
@@ -127,6 +135,8 @@ def read_header(path: Path) -> Header:
         raise AudioFault(path, f"truncated: {cut}")
     if info.frames == 0:
         raise AudioFault(path, "empty: no samples")
+    if info.samplerate > MAX_RATE:
+        raise AudioFault(path, f"unreadable: its header says {info.samplerate} Hz, more than {MAX_RATE}")
     if info.frames > 2**48:  # libsndfile's stand-in for an unknown length, which it then fails to read to the end
         raise AudioFault(path, "unreadable: its header does not say how long it is; encode it anew")
     return Header(info.samplerate, info.channels, info.frames)
@@ -134,7 +144,12 @@ def read_header(path: Path) -> Header:
 
 def _short(error: OSError | sf.LibsndfileError) -> str:
     """The reason in an error, without the path that we name ourselves."""
-    return error.error_string if isinstance(error, sf.LibsndfileError) else str(error.strerror)
+    if not isinstance(error, sf.LibsndfileError):
+        return str(error.strerror)
+    text = error.error_string
+    if text.startswith("Format not recognised"):
+        return "not a wav, flac, ogg or mp3 file, whatever its name"
+    return "its header makes no sense" if text.startswith("Internal error") else text
 
 
 def _cut_short(log: str) -> str:
@@ -169,7 +184,7 @@ def iter_audio(path: Path, sample_rate: int, block_seconds: float = 10.0) -> Ite
     resampler = None
     if header.sample_rate != sample_rate:
         resampler = soxr.ResampleStream(header.sample_rate, sample_rate, 1, dtype="float32", quality="VHQ")
-    size = max(1, round(block_seconds * header.sample_rate))
+    size = max(1, min(round(block_seconds * header.sample_rate), MAX_BLOCK // header.channels))
     frames = samples = 0
     try:
         with open(path, "rb") as file, _Stream(file) as source:
@@ -182,6 +197,8 @@ def iter_audio(path: Path, sample_rate: int, block_seconds: float = 10.0) -> Ite
                 mono = block.mean(axis=1)
                 if resampler is not None:
                     mono = resampler.resample_chunk(mono, last=last)
+                if not np.isfinite(mono).all():  # finite samples near the largest float add up to more
+                    raise AudioFault(path, f"too loud for a float before {frames / header.sample_rate:.1f} s")
                 samples += len(mono)
                 yield mono
                 if last:

@@ -52,10 +52,12 @@ class SampleConfig(Drawing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.clips < 1:
-            raise InputError(f"clips={self.clips}: must be at least 1")
-        if not 0 < self.seconds < math.inf:
-            raise InputError(f"seconds={self.seconds}: must be above 0")
+        if not 1 <= self.clips <= 10_000_000:
+            raise InputError(f"clips={self.clips}: must be 1 to 10 million")
+        if not 0 < self.seconds <= 86400:
+            raise InputError(f"seconds={self.seconds}: must be above 0 and at most 86400, a day")
+        if self.prompt is None and self.resample_prompt:
+            raise InputError("resample_prompt: there is no prompt; name its audio file with --prompt")
         if self.prompt is None and self.prompt_seconds is not None:
             raise InputError(
                 f"prompt_seconds={self.prompt_seconds}: there is no prompt; name its audio file with --prompt"

@@ -48,7 +48,7 @@ class RunConfig:
     """Logs."""
 
     def __post_init__(self) -> None:
-        if self.name in ("", ".", "..") or Path(self.name).name != self.name:
+        if self.name in ("", ".", "..") or Path(self.name).name != self.name or not self.name.isprintable():
             raise InputError(f"name={self.name!r}: must be a plain folder name, such as sc09")
         if not 0 <= self.seed < 1 << 63:
             raise InputError(f"seed={self.seed}: must be from 0 to 2^63 - 1")

@@ -6,6 +6,7 @@ are not given to Accelerate: it would divide the data again, step the schedule o
 
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
@@ -26,7 +27,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from sashimi.errors import InputError
+from sashimi.errors import InputError, one_line
 
 T = TypeVar("T")
 
@@ -177,7 +178,7 @@ def run_command(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (InputError, OSError, RuntimeError) as error:
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
         if _is_lost_peer(error):
             reason = str(error).splitlines()[0].partition(" This is typically")[0]
             _report(
@@ -197,7 +198,7 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _report(line: str) -> None:
-    rank = os.environ.get("RANK", "0")
+    rank, line = os.environ.get("RANK", "0"), one_line(line)
     print(f"error: {line}" if rank == "0" else f"error (rank {rank}): {line}", file=sys.stderr, flush=True)
 
 
@@ -220,7 +221,10 @@ def _mendable(error: Exception) -> str | None:
         return f"{error.filename}: {error.strerror}; give another path, make room or mend its permissions"
     if isinstance(error, InputError | OSError):
         return str(error)
-    # torch.OutOfMemoryError on a GPU; a plain RuntimeError of the allocator on a CPU.
-    if "out of memory" in str(error) or "can't allocate memory" in str(error):
-        return "out of memory: lower train.micro_batch or data.segment, or --batch-size where there is one"
+    # torch.OutOfMemoryError on a GPU; on a CPU numpy's MemoryError, or a plain RuntimeError of torch's allocator.
+    if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory|size calculation", str(error)):
+        return (
+            "out of memory: lower train.micro_batch, data.segment or the model's size, "
+            "or --batch-size and --seconds where there are such"
+        )
     return None

@@ -3,3 +3,12 @@
 
 class InputError(ValueError):
     """Bad input at a boundary. The message names the file or field, the value, and the remedy."""
+
+
+def one_line(text: str, longest: int = 1000) -> str:
+    """`text` as one line that any terminal can show: control characters and broken Unicode escaped, its middle cut out.
+
+    Names of files and members come from strangers and may hold anything.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= longest else f"{shown[: longest // 2]} ... {shown[-longest // 2 :]}"

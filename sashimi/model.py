@@ -64,10 +64,19 @@ class ModelConfig:
         for field in ("d_model", "n_layers", "expand", "ff"):
             if getattr(self, field) < 1:
                 raise InputError(f"model.{field}={getattr(self, field)}: must be at least 1")
+        most = (("d_model", 1 << 16), ("n_layers", 1000), ("d_state", 1 << 14), ("ff", 1 << 10))  # slips, not models
+        for field, bound in most:
+            if getattr(self, field) > bound:
+                raise InputError(f"model.{field}={getattr(self, field)}: must be at most {bound}")
+        if len(self.pool) > 16 or self.d_model * self.expand ** len(self.pool) > 1 << 20:
+            raise InputError(
+                f"model.pool={list(self.pool)}, expand={self.expand}: the innermost tier would be wider than {1 << 20} "
+                "channels, or more than 16 tiers down; pool or expand less"
+            )
         if not 2 <= self.levels <= 1 << 16:
             raise InputError(f"model.levels={self.levels}: must be 2 to 65536, normally 2 ** audio.bits")
         if any(p < 2 for p in self.pool):
-            raise InputError(f"model.pool={self.pool}: every factor must be at least 2")
+            raise InputError(f"model.pool={list(self.pool)}: every factor must be at least 2")
         if self.d_state < 2 or self.d_state % 2:
             raise InputError(f"model.d_state={self.d_state}: must be even and at least 2 (conjugate pairs)")
         if not 0 < self.dt_min <= self.dt_max:

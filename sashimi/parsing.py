@@ -9,16 +9,22 @@ import dataclasses
 import difflib
 import itertools
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from sashimi.errors import InputError
+from sashimi.errors import InputError, one_line
 
 T = TypeVar("T")
+
+_MOST_NODES = 10_000  # values in a YAML file, with what its aliases stand for
+_WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
 def parse(config_class: type[T], argv: Sequence[str], prog: str = "", description: str = "") -> T:
@@ -28,16 +34,17 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str = "", descriptio
     are a list, and the bare name of a yes-or-no field is yes. `--help` prints every field and leaves by SystemExit(0).
     All other trouble is an InputError.
     """
-    argv = _normalized(argv, _switches(config_class))
+    required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(config_class))  # type: ignore[arg-type]
+    argv = _normalized(argv, _switches(config_class), positional=required)
     parser = _parser(config_class, prog, description)
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
     try:
         for file in files.parse_known_args(argv)[0].config:
-            _read(parser, Path(file))  # for its errors, which here still know their file
+            _read(config_class, parser, Path(file))  # for its errors, which here still know their file
         namespace = parser.parse_args(argv)
     except (ArgumentError, argparse.ArgumentError) as error:
-        raise InputError(_one_line(error, parser)) from None
+        raise InputError(_message(error, parser, config_class)) from None
     return _instantiate(config_class, parser, namespace)
 
 
@@ -47,7 +54,7 @@ def build(config_class: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return _instantiate(config_class, parser, parser.parse_object(dict(values)))
     except (ArgumentError, InputError) as error:
-        raise InputError(f"{where}: {_one_line(error, parser)}") from None
+        raise InputError(f"{where}: {_message(error, parser, config_class)}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -55,15 +62,22 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _normalized(argv: Sequence[str], switches: set[str]) -> list[str]:
-    """["--some-field", "1", "2", "--switch"] -> ["--some_field", "[1,2]", "--switch=true"]"""
+def _normalized(argv: Sequence[str], switches: set[str], positional: bool) -> list[str]:
+    """["--some-field", "1", "2", "--switch"] -> ["--some_field", "[1,2]", "--switch=true"]
+
+    Where there are no positional arguments, what follows a switch is its value, be it a wrong one.
+    """
+
+    def is_value(word: str) -> bool:
+        return word.lower() in ("true", "false", "yes", "no") or (not positional and word != "" and word[:2] != "--")
+
     words: list[str] = []
     for numbers, group in itertools.groupby(argv, lambda word: bool(re.fullmatch(r"-?[\d.]+(e-?\d+)?", word))):
         values = list(group)
         words += [f"[{','.join(values)}]"] if numbers and len(values) > 1 else values
     words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
     return [
-        f"{word}=true" if word[:2] == "--" and word[2:] in switches and after.lower() not in ("true", "false") else word
+        f"{word}=true" if word[:2] == "--" and word[2:] in switches and not is_value(after) else word
         for word, after in itertools.zip_longest(words, words[1:], fillvalue="")
     ]
 
@@ -89,43 +103,116 @@ def _parser(config_class: type, prog: str = "", description: str = "") -> Argume
     return parser
 
 
-def _read(parser: ArgumentParser, file: Path) -> Namespace:
+def _read(config_class: type, parser: ArgumentParser, file: Path) -> Namespace:
     if not file.is_file():
         raise InputError(f"{file}: no such config file")
     try:
+        _check_yaml(yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
         return parser.parse_path(str(file))
-    except ArgumentError as error:
-        raise InputError(f"{file}: {_one_line(error, parser)}") from None
+    except (ArgumentError, InputError) as error:
+        raise InputError(f"{file}: {_message(error, parser, config_class)}") from None
     except UnicodeDecodeError:
         raise InputError(f"{file}: is not a text file; give a YAML file such as launch/recipes/demo.yaml") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise InputError(f"{file}: {line}not YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # too deep, a number of 5000 digits
+        raise InputError(f"{file}: not YAML that can be read: {' '.join(str(error).split())}") from None
+
+
+def _check_yaml(root: yaml.Node | None) -> None:
+    """InputError for keys that are there twice, of which YAML would take the last, and for aliases that explode."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) in sizes:
+            return sizes[id(node)]
+        sizes[id(node)] = _MOST_NODES + 1  # until it is known: what contains itself has no end
+        total = 1
+        if isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key.value, str) and key.value in seen:
+                    raise InputError(f"line {key.start_mark.line + 1}: {key.value} is there twice; remove one")
+                seen.add(str(key.value))
+                total += size(value)
+        elif isinstance(node, yaml.SequenceNode):
+            total += sum(map(size, node.value))
+        if total > _MOST_NODES:
+            raise InputError(
+                f"line {node.start_mark.line + 1}: more than {_MOST_NODES} values; write it without aliases"
+            )
+        sizes[id(node)] = total
+        return total
+
+    if root is not None:
+        size(root)
 
 
 def _instantiate(config_class: type[T], parser: ArgumentParser, namespace: Namespace) -> T:
-    _refuse_nulls(config_class, namespace)
+    _refuse_what_no_field_takes(config_class, namespace)
     values = parser.instantiate(namespace)
     return config_class(**{field.name: values[field.name] for field in dataclasses.fields(config_class)})  # type: ignore[arg-type]
 
 
-def _refuse_nulls(config_class: Any, namespace: Namespace, prefix: str = "") -> None:
-    """jsonargparse lets null through for any type, and anything for a section."""
+def _refuse_what_no_field_takes(config_class: Any, namespace: Namespace, prefix: str = "") -> None:
+    """Null, which jsonargparse lets through for any type, and anything for a section; infinity, empty text, NUL."""
     for field in dataclasses.fields(config_class):
         name, value = prefix + field.name, namespace[field.name]
         if dataclasses.is_dataclass(field.type):
             if not isinstance(value, Namespace):
-                raise InputError(f"{name}={value}: a section; write its fields below it or leave it out")
-            _refuse_nulls(field.type, value, f"{name}.")
+                raise InputError(f"{name}={_shown(value)}: a section; write its fields below it or leave it out")
+            _refuse_what_no_field_takes(field.type, value, f"{name}.")
         elif value is None and field.default is not None:
             raise InputError(f"{name}: null is not a value for it; leave it out for the default")
+        elif value == "" and field.default != "":
+            raise InputError(f"{name}='': is empty; give a value, or leave it out for the default")
+        elif isinstance(value, str) and "\0" in value:
+            raise InputError(f"{name}={_shown(value)}: holds a NUL character")
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise InputError(f"{name}={value}: must be finite")
 
 
-def _one_line(error: Exception, parser: ArgumentParser) -> str:
+def _shown(value: Any) -> str:
+    return one_line(str(value), 100)
+
+
+def _expected(kind: Any, default: Any) -> str:
+    """What a field takes, for people."""
+    kinds = [one for one in get_args(kind) if one is not NoneType] if get_origin(kind) in (UnionType, Union) else []
+    if kinds:
+        return _expected(kinds[0], default) + (", or null" if NoneType in get_args(kind) else "")
+    if get_origin(kind) is Literal:
+        *others, last = get_args(kind)
+        return f"choose {', '.join(others)} or {last}"
+    if get_origin(kind) is tuple:
+        inner, *rest = get_args(kind)
+        count = "" if Ellipsis in rest else f"{1 + len(rest)} "
+        example = f" such as {list(default)}" if isinstance(default, tuple) else ""
+        return f"expected a list of {count}{_WORDS[inner]}s{example}"
+    word = _WORDS.get(kind, str(kind))
+    return f"expected a {word}" if kind in (int, float) else f"expected {word}"
+
+
+def _field(config_class: Any, name: str) -> dataclasses.Field[Any] | None:
+    """The field of a dotted name."""
+    first, _, rest = name.partition(".")
+    found = next((field for field in dataclasses.fields(config_class) if field.name == first), None)
+    if found is None or not rest:
+        return found
+    return _field(found.type, rest) if dataclasses.is_dataclass(found.type) else None
+
+
+def _message(error: Exception, parser: ArgumentParser, config_class: type) -> str:
     """jsonargparse's message, put as "field=value: what is wrong" where it can be."""
-    text = re.sub(r"<class '([\w.]+)'>|typing\.", r"\1", " ".join(str(error).split()))
-    if found := re.fullmatch(r'Parser key "(\S+)": Expected an? (.*)\. Got value: (.*)', text):
-        expected = "a list such as [4, 4]" if found[2] == "tuple" else found[2]
-        return f"{found[1]}={found[3]}: expected {expected}"
-    if found := re.fullmatch(r'Parser key "(\S+)": Does .* Subtypes: \[(.*)\] Errors: .* value: (.*)', text):
-        return f"{found[1]}={found[3]}: expected {found[2].replace(', NoneType', ' or null')}"
+    text = " ".join(str(error).split())
+    found = re.fullmatch(r'Parser key "(\S+)": (?:Expected an? .*?\. Got|Does .* Errors: .*) value: ?(.*)', text)
+    field = _field(config_class, found[1]) if found else None
+    if found and field:
+        return f"{found[1]}={_shown(found[2])}: {_expected(field.type, field.default)}"
+    if found := re.match(r"Parser key \"(\S+)\": Unable to load config '(.*?)'", text):
+        return f"{found[1]}={_shown(found[2])}: a section; give its fields, such as --{found[1]}.field value"
     if text.startswith("Unexpected config"):
         return "expected lines of the form `field: value`"
     if found := re.search(
@@ -134,4 +221,4 @@ def _one_line(error: Exception, parser: ArgumentParser) -> str:
         name = found[1] or ".".join(filter(None, found.group(2, 3)))
         close = difflib.get_close_matches(name, set(parser.get_defaults().keys()) - {name}, 1)
         return f"{name}: no such field; " + (f"did you mean {close[0]}?" if close else "--help lists them all")
-    return text
+    return one_line(text, 300)

@@ -134,8 +134,8 @@ class Drawing:
             raise InputError(f"top_k={self.top_k}: must be at least 1; leave it out to draw from all levels")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1, which draws from all levels")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size={self.batch_size}: must be at least 1")
+        if not 1 <= self.batch_size <= 1 << 20:
+            raise InputError(f"batch_size={self.batch_size}: must be 1 to {1 << 20}")
         if self.engine not in ("auto", "native", "plain"):
             raise InputError(f"engine={self.engine}: choose auto, native or plain")
 

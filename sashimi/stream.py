@@ -62,14 +62,14 @@ class DataConfig:
             raise InputError("data.shards='': name a folder made by tools/make_shards.py")
         if self.cache == "":
             raise InputError("data.cache='': name a folder, or leave it out")
-        if self.segment < 1:
-            raise InputError(f"data.segment={self.segment}: give at least 1 sample, e.g. 16000")
+        if not 1 <= self.segment <= 1 << 31:
+            raise InputError(f"data.segment={self.segment}: give 1 to 2^31 samples, e.g. 16000")
         if self.tail not in ("drop", "pad"):
             raise InputError(f"data.tail={self.tail!r}: choose drop or pad")
-        if self.workers < 0:
-            raise InputError(f"data.workers={self.workers}: give 0 or more processes")
-        if self.prefetch < 1:
-            raise InputError(f"data.prefetch={self.prefetch}: give at least 1 micro-batch")
+        if not 0 <= self.workers <= 256:
+            raise InputError(f"data.workers={self.workers}: give 0 to 256 processes")
+        if not 1 <= self.prefetch <= 1000:
+            raise InputError(f"data.prefetch={self.prefetch}: give 1 to 1000 micro-batches")
         if self.on_damage not in ("mask", "fatal"):
             raise InputError(f"data.on_damage={self.on_damage!r}: choose mask or fatal")
 
@@ -247,8 +247,8 @@ def eval_batches(
     where segments run out, rows are filler. It may be iterated again, by the same workers. Raises InputError if
     batch_size is not positive.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size}: give at least 1 segment a rank")
+    if not 1 <= batch_size <= 1 << 20:
+        raise InputError(f"batch_size={batch_size}: give 1 to {1 << 20} segments a rank")
     segments = Segments(split, data, audio, seed=None)
     n_batches = -(-segments.grid.n_segments // (place.world_size * batch_size))
     ids = np.arange(n_batches * batch_size, dtype=np.int64) * place.world_size + place.rank

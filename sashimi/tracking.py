@@ -46,8 +46,10 @@ class TrackConfig:
         for name in ("audio_every", "progress_seconds"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"track.{name}={getattr(self, name)}: must be 0 or more")
-        if not self.audio_seconds > 0:
-            raise InputError(f"track.audio_seconds={self.audio_seconds}: must be above 0; audio_every=0 is no audio")
+        if not 0 < self.audio_seconds <= 3600:
+            raise InputError(
+                f"track.audio_seconds={self.audio_seconds}: must be above 0 and at most 3600; audio_every=0 is no audio"
+            )
 
 
 class Tracker:

@@ -79,6 +79,10 @@ class TrainConfig:
         for name in ("steps", "batch_size", "valid_every", "save_every", "keep_last", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name}={getattr(self, name)}: must be at least 1")
+        if self.steps * self.batch_size > 1 << 62:  # positions are 64-bit numbers
+            raise InputError(f"train.steps={self.steps}: with batch_size={self.batch_size} more than 2^62 segments")
+        if self.batch_size > 1 << 24:
+            raise InputError(f"train.batch_size={self.batch_size}: must be at most {1 << 24}")
         if self.micro_batch < 0:
             raise InputError(f"train.micro_batch={self.micro_batch}: must be 0 (batch_size / world size) or more")
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:

@@ -202,7 +202,11 @@ def write_mp3_without_length(path: Path) -> None:
     ("name", "write", "reason"),
     [
         ("missing.wav", lambda path: None, "unreadable: No such file"),
-        ("text.wav", lambda path: write_bytes(path, b"not audio" * 100), "unreadable: Format not recognised"),
+        (
+            "text.wav",
+            lambda path: write_bytes(path, b"not audio" * 100),
+            "unreadable: not a wav, flac, ogg or mp3 file",
+        ),
         ("zero-bytes.wav", lambda path: write_bytes(path, b""), "empty: 0 bytes"),
         ("no-samples.wav", lambda path: sf.write(path, np.zeros(0), RATE), "empty: no samples"),
         ("too-short.wav", lambda path: sf.write(path, np.ones(1), 600_000), "empty: no sample is left at 16000 Hz"),

@@ -307,12 +307,12 @@ def test_a_runs_clips_go_into_its_folder(model_folder: Path, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("options", "answer"),
     [
-        ("--clips 0", "clips=0: must be at least 1"),
-        ("--clips three", "clips=three: expected int"),
+        ("--clips 0", "clips=0: must be 1 to 10 million"),
+        ("--clips three", "clips=three: expected a whole number"),
         ("--clip 3", "clip: no such field; did you mean clips?"),
-        ("--seconds -1", "seconds=-1.0: must be above 0"),
+        ("--seconds -1", "seconds=-1.0: must be above 0 and at most 86400, a day"),
         ("--seconds 0.00001", "seconds=1e-05: is less than one sample at 8000 Hz"),
-        ("--batch-size 0", "batch_size=0: must be at least 1"),
+        ("--batch-size 0", "batch_size=0: must be 1 to 1048576"),
         ("--top-p 1.5", "top_p=1.5: must be above 0 and at most 1, which draws from all levels"),
         ("--top-k 300", "top_k=300: the model has 256 levels; give at most that, or leave it out"),
         ("--keep-likelihood 0.9 0.4", "keep_likelihood=0.9 0.4: need 0 <= low < high <= 1, such as 0.4 0.95"),

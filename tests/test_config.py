@@ -56,7 +56,7 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--name=a/b", "name='a/b': must be a plain folder name"),
         ("--name=..", "name='..': must be a plain"),
-        ("--name=", "name='': must be a plain"),
+        ("--name=", "name='': is empty"),
         ("--seed=-1", "seed=-1: must be from 0 to 2"),
         ("--seed=9223372036854775808", "seed=9223372036854775808: must be from 0 to 2"),
         ("--audio.bits=9", "model.levels=256: audio.bits=9 needs 512"),

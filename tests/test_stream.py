@@ -321,10 +321,10 @@ def test_pinned_batches_are_the_same_batches(split: Split, workers: int) -> None
     ("fields", "message"),
     [
         ({"shards": ""}, "data.shards='': name a folder"),
-        ({"segment": 0}, "data.segment=0: give at least 1 sample"),
+        ({"segment": 0}, "data.segment=0: give 1 to 2"),
         ({"tail": "cut"}, "data.tail='cut': choose drop or pad"),
-        ({"workers": -1}, "data.workers=-1: give 0 or more"),
-        ({"prefetch": 0}, "data.prefetch=0: give at least 1"),
+        ({"workers": -1}, "data.workers=-1: give 0 to 256"),
+        ({"prefetch": 0}, "data.prefetch=0: give 1 to 1000"),
         ({"on_damage": "skip"}, "data.on_damage='skip': choose mask or fatal"),
     ],
 )
@@ -341,5 +341,5 @@ def test_wrong_use_is_refused_by_name(split: Split) -> None:
         Segments(split, DATA, AudioConfig(), SEED)
     with pytest.raises(InputError, match="batch_size=5: must be a multiple of world_size 2"):
         train_batches(split, DATA, AUDIO, SEED, 0, 5, None, Place(0, 2))
-    with pytest.raises(InputError, match="batch_size=0: give at least 1"):
+    with pytest.raises(InputError, match="batch_size=0: give 1 to"):
         eval_batches(split, DATA, AUDIO, 0)

@@ -3,6 +3,8 @@
 Everything here follows from names alone; no audio is opened.
 """
 
+import os
+import posixpath
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -47,7 +49,7 @@ class SourceConfig:
     """Classes as zero,one,two: packs only files whose parent folder is one of them, labelled 0, 1, 2 in this order."""
 
     def __post_init__(self) -> None:
-        if min(self.fractions) < 0 or abs(sum(self.fractions) - 100) > 1e-6:
+        if not (min(self.fractions) >= 0 and abs(sum(self.fractions) - 100) <= 1e-6):
             raise InputError(f"fractions={list(self.fractions)}: give three percentages that add up to 100")
         if self.group_by is not None and self.split != "fractions":
             raise InputError(f"group_by={self.group_by!r}: goes with split=fractions only; leave one of them out")
@@ -106,31 +108,39 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def _search(root: Path) -> dict[str, Path]:
-    """Audio files below a folder, by name within it; hidden files (such as the ._x.wav of macOS) are not audio."""
+    """Audio files below a folder, by name within it; hidden files (such as the ._x.wav of macOS) are not audio.
+
+    A link that leads nowhere is one that cannot be read, and shall be reported. Names that are not UTF-8 are escaped.
+    """
     return {
-        path.relative_to(root).as_posix(): path
+        os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace"): path
         for path in root.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in EXTENSIONS
+        and not path.name.startswith(".")
+        and (path.is_file() or (path.is_symlink() and not path.exists()))
     }
 
 
 def _read_list(path: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for line in _lines(path):
-        if line in files:
-            raise InputError(f"{path}: names {line} twice: remove one")
-        files[line] = path.parent / line
+        name = posixpath.normpath(line)
+        if name in files:
+            raise InputError(f"{path}: names {name} twice: remove one")
+        files[name] = path.parent / name
     return files
 
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # Windows programs put a mark before the first line
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give an existing folder or list file") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file: give a folder, or a list with one file name a line") from None
-    return [line.strip() for line in lines if line.strip()]
+    if "\0" in text:
+        raise InputError(f"{path}: not a text file: give a folder, or a list with one file name a line")
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _with_labels(names: list[str], config: SourceConfig) -> list[str]:
