@@ -32,6 +32,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; restore the file or use another folder") from None
     return from_json(content, str(path))
 
 
@@ -39,7 +41,7 @@ def from_json(content: bytes, where: str) -> dict[str, Any]:
     """The JSON object that `content` is; InputError that begins with `where` if it is malformed or not an object."""
     try:
         value = json.loads(content)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply, numbers too long
         raise InputError(f"{where}: not JSON ({error}); restore the file or use another folder") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: must hold a JSON object, not {type(value).__name__}")
@@ -125,6 +127,8 @@ def faults(folder: Path) -> list[str]:
     try:
         entries = read_json(folder / MANIFEST)["files"].items()
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries}
+        if not all(name and Path(name).name == name and name.isprintable() for name in expected):
+            raise KeyError  # or it could make us read anywhere
     except InputError as error:
         return [str(error)]
     except (KeyError, TypeError, AttributeError):

@@ -134,7 +134,14 @@ def write_best(run: Path, step: int, bits: float) -> None:
 def best_step(run: Path) -> int | None:
     """The step that `write_best` named last, if any."""
     best = run / "best.json"
-    return int(atomic.read_json(best).get("step", 0)) if best.exists() else None
+    if not best.exists():
+        return None
+    step = atomic.read_json(best).get("step")
+    if type(step) is not int:
+        raise InputError(
+            f"{best}: step={step}: must be a number; delete the file, the next best checkpoint writes it anew"
+        )
+    return step
 
 
 # ---- reading
@@ -149,6 +156,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read one checkpoint, checksums verified. InputError naming the file and the fault if it is damaged."""
     _require_whole(folder)
     state = atomic.read_json(folder / "state.json")
+    named, step = re.fullmatch(r"step-(\d+)", folder.name), state.get("step")
+    if type(step) is not int or step < 0 or (named and int(named[1]) != step):
+        raise InputError(f"{folder / 'state.json'}: step={step}: not that of the folder's name; give it its name again")
     ema = folder / "ema.safetensors"
     return Checkpoint(
         folder=folder,
@@ -308,7 +318,10 @@ def load_model_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copy `tensors` into `model`. InputError naming `source` and the first few differences if they do not fit."""
+    """Copy `tensors` into `model`. InputError naming `source` and the first few differences if they do not fit.
+
+    Numbers that are not real, or not finite, do not fit either.
+    """
     own = model.state_dict()
     differences = [f"{name} is missing" for name in own if name not in tensors]
     differences += [f"{name} is unknown" for name in tensors if name not in own]
@@ -317,10 +330,33 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
         for name, value in own.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
+    differences += [f"{name} is {value.dtype}" for name, value in tensors.items() if not value.is_floating_point()]
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise InputError(f"{source}: its weights do not fit the model: {', '.join(differences[:3])}{more}")
+        raise InputError(f"{source}: its weights do not fit the model: {_listed(differences)}")
+    if spoilt := [name for name, value in tensors.items() if not value.isfinite().all()]:
+        raise InputError(f"{source}: NaN or infinity in {_listed(spoilt)}; take an earlier checkpoint")
     model.load_state_dict(tensors)
+
+
+def require_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
+    """InputError if weights are of a model of another size than a folder's config says: asked before it is built.
+
+    Else one digit too many in a config.json would ask for all memory there is. `load_weights` checks the rest.
+    """
+    model = parsing.build(ModelConfig, config["model"], f"{source}, model")
+    depth = len(model.pool)
+    last = f"tier.{'pooled.tier.' * depth}layers.{2 * model.n_layers - 2}.layer.s4.C"  # of the innermost tier
+    expected = {
+        "embedding.weight": [model.levels, model.d_model],
+        last: [model.d_model * model.expand**depth, model.d_state // 2, 2],
+    }
+    differences = [
+        f"{name} is {list(tensors[name].shape) if name in tensors else 'missing'} instead of {shape}"
+        for name, shape in expected.items()
+        if name not in tensors or list(tensors[name].shape) != shape
+    ]
+    if differences:
+        raise InputError(f"{source}: its weights do not fit the model: {_listed(differences)}")
 
 
 def build_model(config: Mapping[str, Any], source: str) -> nn.Module:
@@ -333,6 +369,7 @@ def build_model(config: Mapping[str, Any], source: str) -> nn.Module:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """The model of a model folder, checkpoint or run folder, with its (averaged) weights, in eval mode."""
     tensors, config = load_model_folder(Path(path))
+    require_size(config, tensors, str(path))
     model = build_model(config, str(path))
     load_weights(model, tensors, str(path))
     return model.to(device).eval()
@@ -351,6 +388,10 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
 
+def _listed(what: list[str]) -> str:
+    return ", ".join(what[:3]) + (f" and {len(what) - 3} more" if len(what) > 3 else "")
+
+
 def _require_whole(folder: Path, remedy: str = "use another one") -> None:
     if found := atomic.faults(folder):
         raise InputError(f"not a whole checkpoint: {'; '.join(found)}; {remedy}")
@@ -365,7 +406,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: of a type of numbers that torch does not have
         raise InputError(f"{path}: not a whole safetensors file ({error})") from None
 
 

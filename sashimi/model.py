@@ -64,7 +64,7 @@ class ModelConfig:
         for field in ("d_model", "n_layers", "expand", "ff"):
             if getattr(self, field) < 1:
                 raise InputError(f"model.{field}={getattr(self, field)}: must be at least 1")
-        most = (("d_model", 1 << 16), ("n_layers", 1000), ("d_state", 1 << 14), ("ff", 1 << 10))  # slips, not models
+        most = (("d_model", 1 << 16), ("n_layers", 1000), ("d_state", 1 << 10), ("ff", 1 << 10))  # slips, not models
         for field, bound in most:
             if getattr(self, field) > bound:
                 raise InputError(f"model.{field}={getattr(self, field)}: must be at most {bound}")

@@ -21,7 +21,8 @@ import numpy as np
 import soundfile as sf
 
 from sashimi.atomic import MANIFEST, from_json, read_json, write_file, write_json
-from sashimi.errors import InputError
+from sashimi.errors import InputError, one_line
+from sashimi.shard_rules import clip_fault, index_fault, manifest_fault
 from sashimi.store import Entry, RemoteFile, RemoteFolder, locate, read_local
 
 FORMAT = "sashimi-shards-1"
@@ -138,6 +139,9 @@ def open_split(place: str | Path | RemoteFolder, split: str, cache: str | None =
             f"({_check(folder)} lists all that is wrong)"
         )
     index = read_index(folder, split, splits[split]["clips"])
+    if fault := index_fault(index, splits[split], len(manifest["labels"])):
+        rebuild = _check(folder, "--rebuild-index")
+        raise InputError(f"{folder}/{split}.npy: {fault}: run {rebuild}, or restore what it names")
     return Split(folder, split, manifest["sample_rate"], shards, manifest["labels"], index)
 
 
@@ -158,11 +162,11 @@ def read_index(folder: Path | RemoteFolder, split: str, clips: int) -> np.ndarra
     name = f"{split}.npy"
     try:
         index = np.load(folder / name if isinstance(folder, Path) else folder.copy(name), mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
+    except InputError:
+        raise
+    except Exception as error:  # a damaged header makes numpy raise almost anything
         raise InputError(f"{folder}/{name}: is missing or damaged: run {_check(folder, '--rebuild-index')}") from error
-    if index.dtype != INDEX_DTYPE or len(index) != clips:
+    if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (clips,):
         raise InputError(f"{folder}/{name} does not agree with the manifest: run {_check(folder, '--rebuild-index')}")
     return index
 
@@ -180,7 +184,12 @@ def read_manifest(folder: Path | RemoteFolder) -> dict[str, Any]:
             raise InputError(f"{where} is missing, so packing did not finish: run `{make}` again, as before")
         manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
-        raise InputError(f"{where}: format={manifest.get('format')!r} is not {FORMAT!r}: pack the audio again")
+        raise InputError(
+            f"{where}: format={manifest.get('format')!r} is not {FORMAT!r}, so this is no folder of shards: "
+            "give another folder, or pack the audio again"
+        )
+    if fault := manifest_fault(manifest, SPLITS):
+        raise InputError(f"{where}: {one_line(fault, 200)}: run {_check(folder, '--rebuild-index')}")
     return manifest
 
 
@@ -250,6 +259,8 @@ def scan_shard(path: Path) -> ShardScan:
     rates: set[int] = set()
     recordings: dict[str, int] = {}
     name = "the tar"
+    if not path.is_file():  # a pipe of that name would be waited for
+        raise DamagedMember(path, name, "no such file")
     try:
         with tarfile.open(path, "r:") as tar:
             members = iter(tar)
@@ -257,9 +268,12 @@ def scan_shard(path: Path) -> ShardScan:
                 name = flac.name
                 if about is None or about.name != name.removesuffix(".flac") + ".json":
                     raise DamagedMember(path, name, "is not followed by its json")
-                stream = tar.extractfile(about)
-                assert stream is not None
+                stream = tar.extractfile(about) if about.isreg() and flac.isreg() else None
+                if stream is None:
+                    raise DamagedMember(path, name, "it or its json is not a plain file")
                 fields = json.load(stream)
+                if fault := clip_fault(fields):
+                    raise DamagedMember(path, about.name, one_line(fault, 200))
                 number = recordings.setdefault(fields["recording"], len(recordings))
                 label = fields.get("label_id", NO_LABEL)
                 place = (0, flac.offset_data, flac.size)
@@ -269,7 +283,7 @@ def scan_shard(path: Path) -> ShardScan:
                     labels[label] = fields["label"]
         with open(path, "rb") as file:
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
+    except (OSError, tarfile.TarError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedMember(path, name, f"{type(error).__name__}: {error}") from error
     size = path.stat().st_size
     return ShardScan(path.name, size, checksum, np.array(rows, INDEX_DTYPE), labels, rates)

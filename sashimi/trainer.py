@@ -6,7 +6,7 @@ micro-batches and their masks, so W ranks train as one process does.
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +52,25 @@ from sashimi.zero import Zero
 
 _UNREADABLE = "restore the shards and go on with --resume auto"
 _DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
+_OTHER_STATE = "not what this version saves; start another run from its weights with --init-from and a new --name"
+_STATE = {  # what state.json says of a RunState, of which types; whole numbers from 0
+    **dict.fromkeys(("position", "skipped", "bad", "plateau.bad"), (int,)),
+    "best_step": (int, type(None)),
+    **dict.fromkeys(("best_bits", "plateau.best"), (int, float, type(None))),
+    "plateau.factor": (int, float),
+}
+_STATE_BESIDE = {"ema_updates": (int,), "loss_scale": (dict,), "data": (str,)}  # and what else a resumed run needs
+
+
+def _check_state(state: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    """InputError naming the first field that is missing or cannot be."""
+    plateau = state.get("plateau")
+    inner = plateau if isinstance(plateau, dict) else {}
+    fields = {**state, **{f"plateau.{name}": value for name, value in inner.items()}}
+    for name, kinds in types.items():
+        value = fields.get(name, "missing")
+        if type(value) not in kinds or (isinstance(value, int) and not 0 <= value < 1 << 63):
+            raise InputError(f"the checkpoint's state.json: {name}={value}: {_OTHER_STATE}")
 
 
 @dataclass(frozen=True)
@@ -107,9 +126,10 @@ class RunState:
 
     @staticmethod
     def from_json(step: int, state: dict[str, Any]) -> "RunState":
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. InputError naming the first field that is missing or cannot be."""
+        _check_state(state, _STATE)
         known = {name: state[name] for name in ("position", "best_step", "best_bits", "skipped", "bad")}
-        return RunState(step=step, plateau=Plateau(**state["plateau"]), **known)
+        return RunState(step=step, plateau=Plateau(*map(state["plateau"].get, Plateau._fields)), **known)
 
 
 class Objective(nn.Module):
@@ -162,6 +182,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as if the run had never stopped. InputError if the shards hold other audio."""
+        _check_state(checkpoint.state, _STATE_BESIDE)
+        state = RunState.from_json(checkpoint.step, checkpoint.state)
         if checkpoint.state["data"] != self.data.fingerprint:
             raise InputError(
                 f"data.shards={self.data.data.shards}: not the shards that the checkpoint was trained on; name those, "
@@ -177,7 +199,7 @@ class Trainer:
             # A run that had no average so far starts one from its weights.
             restore_ema(self.ema, checkpoint.ema or checkpoint.model, checkpoint.state["ema_updates"])
         self.dist.loss_scale = checkpoint.state["loss_scale"]
-        self.state = RunState.from_json(checkpoint.step, checkpoint.state)
+        self.state = state
 
     def save(self) -> bool:
         """Write a checkpoint, all ranks together. False, and a message, if it could not be written."""

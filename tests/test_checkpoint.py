@@ -354,7 +354,7 @@ def put_a_pickle(folder: Path) -> None:
         (lambda f: edit(f, "model", d_modle=4), "d_modle: no such field; did you mean d_model"),
         (lambda f: edit(f, "model", d_model="x"), "d_model=x: expected a whole number"),
         (lambda f: edit(f, "model", n_layers=0), "n_layers=0: must be"),
-        (lambda f: edit(f, "model", d_model=8), r"instead of .*, .*, .* and \d+ more"),
+        (lambda f: edit(f, "model", glu=False), r"instead of .*, .*, .* and \d+ more"),
         (lambda f: rewrite(f, **{"norm.weight": None}), "norm.weight is missing"),
         (lambda f: rewrite(f, extra=torch.zeros(1)), "extra is unknown"),
         (lambda f: rewrite(f, **{"norm.bias": torch.zeros(5)}), r"norm.bias is \[5\] instead of \[4\]"),
