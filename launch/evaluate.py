@@ -1,6 +1,7 @@
 """Evaluate: accelerate launch launch/evaluate.py MODEL_OR_RUN [--data shards/NAME] [--split test]; prints JSON."""
 
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,8 +42,8 @@ def main() -> None:
     dist = Distributed()
     folder = find_model_folder(Path(config.model))
     saved = read_config(folder)
-    if config.out and not Path(config.out).absolute().parent.is_dir():
-        raise InputError(f"out={config.out}: there is no such folder; make it or give another file")
+    if config.out and (Path(config.out).is_dir() or not Path(config.out).absolute().parent.is_dir()):
+        raise InputError(f"out={config.out}: is a folder, or in a folder that does not exist; give another file")
     if config.data is None and "data" not in saved:
         raise InputError(f"{folder}: does not say what it was trained on; name the shards with --data")
     data = build(DataConfig, saved.get("data", {}), str(folder))
@@ -54,6 +55,10 @@ def main() -> None:
     batches = eval_batches(split, data, audio, config.batch_size, place)
     model = load_model(folder, dist.device)
     nats, count, faults = evaluate(Objective(model), batches, dist)
+    if not math.isfinite(nats):
+        raise InputError(
+            f"{folder}: its output is not finite, so its weights have diverged; take an earlier checkpoint"
+        )
     if not count:
         raise InputError(f"{data.shards}: not one segment of split {config.split} can be decoded; pack it again")
     if dist.is_main:

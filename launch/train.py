@@ -48,8 +48,8 @@ def main() -> None:
     trainer = Trainer(dist, model.to(dist.device), data, *settings, checkpoints)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-    if config.dry_run:
-        note(trainer.rehearse())
+    if config.dry_run or trainer.finished:
+        note(trainer.rehearse() if config.dry_run else f"{config.folder}: {trainer.finished}")
         return dist.close()
 
     dist.barrier()  # every rank has read its checkpoint, and none refused it: now the run folder may change

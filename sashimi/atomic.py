@@ -133,7 +133,7 @@ def faults(folder: Path) -> list[str]:
         return [str(error)]
     except (KeyError, TypeError, AttributeError):
         return [f"{folder / MANIFEST}: not a manifest"]
-    found = []
+    found = [] if expected else [f"{folder / MANIFEST}: names no files"]
     for name, (size, digest) in expected.items():
         path = folder / name
         if not path.is_file():

@@ -11,6 +11,7 @@ alone reads the .pt files, of a run that goes on. One process writes, after all 
 number may read.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -179,7 +180,10 @@ def find_resume(folder: Path, resume: str, log: Callable[[str], None]) -> Path |
     damaged, if checkpoints exist and none is whole, and if "never" would write over existing ones: nothing starts
     from scratch beside a run's checkpoints.
     """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; move it away, or take another --name")
     existing = _steps(folder)
+    best_step(folder.parent)  # for its error, before anything of the run is touched
     if resume == "never":
         if existing:
             raise InputError(
@@ -188,7 +192,7 @@ def find_resume(folder: Path, resume: str, log: Callable[[str], None]) -> Path |
             )
         return None
     if resume != "auto":
-        if Path(resume).resolve() not in {path.resolve() for _, path in existing}:
+        if os.path.realpath(resume) not in {os.path.realpath(path) for _, path in existing}:
             raise InputError(
                 f"resume={resume}: is not a checkpoint of this run; choose one of {folder}/step-XXXXXXXX, "
                 "--resume auto for the newest, or --init-from for the weights of another run"
@@ -260,7 +264,7 @@ def save_model(
 
     InputError if `folder` exists and is not an empty folder: it may be a checkpoint, with more than weights in it.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not empty; delete it or give another one")
     config = {"format": format, "model": dict(model_config), "audio": dict(audio_config), "source": source}
@@ -339,11 +343,14 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -
 
 
 def require_size(config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:
-    """InputError if weights are of a model of another size than a folder's config says: asked before it is built.
+    """InputError if weights, or audio, are of a model of another size than a folder's config says: before it is built.
 
     Else one digit too many in a config.json would ask for all memory there is. `load_weights` checks the rest.
     """
     model = parsing.build(ModelConfig, config["model"], f"{source}, model")
+    audio = parsing.build(AudioConfig, config["audio"], f"{source}, audio")
+    if model.levels != 1 << audio.bits:
+        raise InputError(f"{source}: model.levels={model.levels}, but audio.bits={audio.bits} needs {1 << audio.bits}")
     depth = len(model.pool)
     last = f"tier.{'pooled.tier.' * depth}layers.{2 * model.n_layers - 2}.layer.s4.C"  # of the innermost tier
     expected = {

@@ -231,6 +231,7 @@ def agree(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             )
         return settings
     own = atomic.read_json(folder / "settings.json")
+    read_finished(folder)  # for its error, before anything is written
     names = [name for name in own.keys() | settings.keys() if name not in _PROVENANCE]
     differing = sorted(name for name in names if own.get(name) != settings.get(name))
     if differing:
@@ -261,8 +262,12 @@ def read_finished(folder: Path) -> dict[int, dict[str, Any]]:
     for file in (folder / "samples.jsonl", *(folder / PARTS).glob("clip-*.jsonl")):
         try:
             found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-            lines.update({line["clip"]: line for line in found if (folder / line["file"]).exists()})
-        except (ValueError, KeyError, TypeError) as error:
+            for line in found:
+                if line["file"] != f"clip-{line['clip']:05d}.wav" or not math.isfinite(line["bits_per_sample"]):
+                    raise ValueError(f"clip {line['clip']} is called {line['file']}")
+                if (folder / line["file"]).exists():
+                    lines[line["clip"]] = line
+        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise InputError(f"{file}: not as it was written ({error}); delete it to make its clips again") from None
     return dict(sorted(lines.items()))
 

@@ -49,16 +49,21 @@ class Distributed:
         """Join the others. Precision and devices are the launcher's choice; a machine without a GPU uses gloo."""
         # Accelerate would bring its own DeepSpeed; zero.py has ours, and what does not train needs none.
         asked = os.environ.pop(_DEEPSPEED, None)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            gradient_accumulation_steps=1,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-            ],
-        )
-        if asked is not None:
-            os.environ[_DEEPSPEED] = asked
+        _check_environment()
+        try:
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                gradient_accumulation_steps=1,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
+                ],
+            )
+        except ValueError as error:  # a variable, or a package that an option needs
+            raise InputError(f"the launcher's options or environment: {error}") from None
+        finally:
+            if asked is not None:
+                os.environ[_DEEPSPEED] = asked
         # ACCELERATE_GRADIENT_ACCUMULATION_STEPS overrides the argument, and backward() would divide by it.
         self.accelerator.gradient_accumulation_steps = 1
         self.rank = self.accelerator.process_index
@@ -162,6 +167,23 @@ class Distributed:
             return torch.cuda.max_memory_allocated(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _check_environment() -> None:
+    """InputError for what the environment says of processes and precision, if no launcher would."""
+    numbers = {"RANK": 1 << 20, "LOCAL_RANK": 1 << 20, "WORLD_SIZE": 1 << 20, "MASTER_PORT": 65535}
+    for name, most in numbers.items():
+        value = os.environ.get(name, "0")
+        if not re.fullmatch("[0-9]{1,9}", value) or int(value) > most:
+            raise InputError(f"{name}={value}: must be 0 to {most}; unset it, or let `accelerate launch` set it")
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank >= size:
+        raise InputError(
+            f"RANK={rank}: must be below WORLD_SIZE={size}; unset both, or let `accelerate launch` set them"
+        )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16", "fp16"):
+        raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, bf16 or fp16 (--mixed_precision)")
 
 
 def ignore_stop_signals(worker: int) -> None:

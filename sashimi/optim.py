@@ -193,6 +193,10 @@ def restore_optimizer(
             if missing := sorted(keys - state.keys()):
                 raise InputError(f"optimizer state of {name}: {', '.join(missing)} missing; use another checkpoint")
             for key, tensor in state.items():
+                if tensor.dtype not in (torch.float32, torch.float64) or not tensor.isfinite().all():
+                    raise InputError(
+                        f"optimizer state {name}/{key}: {tensor.dtype}, or not finite; use another checkpoint"
+                    )
                 if key != "step" and tensor.shape != parameter.shape:
                     raise InputError(
                         f"optimizer state {name}/{key}: shape {list(tensor.shape)}, but the parameter has "

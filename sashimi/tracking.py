@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from sashimi import atomic
-from sashimi.errors import InputError
+from sashimi.errors import InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Tracker:
 
     def note(self, text: str) -> None:
         """Show one line now."""
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write("\n".join(map(one_line, text.split("\n"))), file=sys.stderr)
 
     def step(self, step: int, scalars: Mapping[str, float], samples: int, position: int) -> None:
         """An optimizer step is done; it scored `samples` samples over all ranks and left the stream at `position`."""
@@ -216,7 +216,7 @@ def _step_of(line: bytes) -> int:
     """The step of a whole line of metrics, -1 for any other."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else -1
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return -1
 
 

@@ -201,6 +201,14 @@ class Trainer:
         self.dist.loss_scale = checkpoint.state["loss_scale"]
         self.state = state
 
+    @property
+    def finished(self) -> str:
+        """How to go on with a run that has no step left to do; "" for any other."""
+        step, steps = self.state.step, self.config.steps
+        return (
+            "" if step < steps else f"finished at step {step}; to go on, give train.steps more than that (now {steps})"
+        )
+
     def save(self) -> bool:
         """Write a checkpoint, all ranks together. False, and a message, if it could not be written."""
         dist, place = self.dist, (self.folder, self.state.step)

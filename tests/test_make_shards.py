@@ -311,7 +311,7 @@ def test_shipped_corpus_is_whole(check: Callable[..., tuple[int, str]]) -> None:
         (["in", "--out", "out", "--sample-rate", "0"], "sample_rate=0: choose"),
         (["in", "--out", "out", "--chunk-seconds", "0"], "chunk_seconds=0.0: choose"),
         (["in", "--out", "out", "--shard-megabytes", "0"], "shard_megabytes=0.0: must be"),
-        (["in", "--out", "out", "--processes", "-1"], "processes=-1: give"),
+        (["in", "--out", "out", "--processes", "-1"], "processes=-1: give 1 to 1024"),
         (["in", "--out", "out", "--chunk-second", "3"], "chunk_second: no such field; did you mean chunk_seconds?"),
         (["in", "--out", "in/0.wav"], "in/0.wav: Not a directory: make room or choose another --out"),
         (["in", "--out", "other"], "other: is not empty and holds no shards to go on with"),

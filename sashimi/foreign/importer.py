@@ -54,6 +54,11 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content = content[container]
     items = content.items() if isinstance(content, Mapping) else ()
     state = {key: value for key, value in items if isinstance(key, str) and isinstance(value, Tensor)}
+    for key, value in state.items():
+        if value.is_nested or value.is_quantized or value.layout != torch.strided or value.device.type != "cpu":
+            raise InputError(
+                f"{path}: {key} is a nested, quantized, sparse or empty tensor; import one of plain tensors"
+            )
     if not state:
         raise InputError(f'{path}: no tensors at its top level, in "state_dict" or in "model_state"; {KNOWN}')
     while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in state)), None):
@@ -211,7 +216,10 @@ class _Original(Translation):
 
     def _length(self, kernel: str) -> int:
         if self.v4:
-            return int(self.read(f"{kernel}l_kernel"))
+            length = int(self.read(f"{kernel}l_kernel"))
+            if length < 0:
+                raise InputError(f"{kernel}l_kernel is {length}: must be a length in samples")
+            return length
         nodes = self.shape(f"{kernel}omega", 2)[0]  # e^(−2πik/l) for k = 0 … l/2
         self.skip(f"{kernel}omega", f"{kernel}z")
         if nodes == 1:

@@ -71,7 +71,8 @@ class Translation:
     def read(self, key: str, *shape: int) -> Tensor:
         """A real tensor, reshaped if it differs from `shape` by dimensions of size 1 only."""
         value = self._find(key)
-        if [n for n in value.shape if n != 1] != [n for n in shape if n != 1] or value.is_complex():
+        real = value.is_floating_point() or (not shape and not value.is_complex())  # a length is a whole number
+        if [n for n in value.shape if n != 1] != [n for n in shape if n != 1] or not real:
             raise InputError(f"{key} is {list(value.shape)} {value.dtype}, expected real {list(shape)}")
         value = value.double()
         if not value.isfinite().all():

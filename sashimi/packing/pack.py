@@ -73,8 +73,8 @@ class PackConfig(SourceConfig):
             raise InputError(f"chunk_seconds={self.chunk_seconds}: choose from 0.1 to 3600 seconds")
         if not self.shard_megabytes > 0:
             raise InputError(f"shard_megabytes={self.shard_megabytes}: must be more than 0")
-        if self.processes < 0:
-            raise InputError(f"processes={self.processes}: give 1 or more, or 0 for one for each CPU")
+        if not 0 <= self.processes <= 1024:
+            raise InputError(f"processes={self.processes}: give 1 to 1024, or 0 for one for each CPU")
 
 
 class Recording(NamedTuple):
@@ -161,6 +161,7 @@ def is_packed(config: PackConfig) -> bool:
 def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
     """Packs what is not packed yet and returns the manifest; its "faults" are the files that were left out.
 
+    As long as packing is not done, files may be mended, added or removed in between: what that changes is packed anew.
     InputError if OUT holds other shards, the disk is full, every file of a split is bad or, if strict, any file is.
     Whatever ends it, no part of a shard has a shard's name, and the same call goes on from there.
     """
@@ -168,15 +169,16 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
     state = out / STATE
     if is_packed(config):
         manifest = read_manifest(out)
-        _refuse_others(out, manifest.get("plan"), plan)
+        _refuse_others(out, manifest.get("plan"), plan.checksum)
         return manifest
+    _refuse_bad_headers(config, plan)
     with _mendable(out):
         if (state / MANIFEST).exists():
-            _refuse_others(out, read_json(state / MANIFEST).get("plan"), plan)
+            _refuse_others(out, read_json(state / MANIFEST).get("work"), _work(config))
         elif out.is_dir() and any(path.name != STATE for path in out.iterdir()):
             raise InputError(f"{out}: is not empty and holds no shards to go on with: choose another --out")
         state.mkdir(parents=True, exist_ok=True)
-        write_json(state / MANIFEST, {"plan": plan.checksum})
+        write_json(state / MANIFEST, {"work": _work(config)})
         _pack_shards(config, plan)
         outcomes = [read_json(state / f"{shard.name}.json") for shard in plan.shards]
         faults = {name: reason for outcome in outcomes for name, reason in outcome["faults"].items()}
@@ -193,23 +195,36 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
     return manifest
 
 
-def _refuse_others(out: Path, checksum: str | None, plan: Plan) -> None:
-    if checksum != plan.checksum:
+def _refuse_others(out: Path, own: Any, these: str) -> None:
+    if own != these:
         raise InputError(f"{out}: holds shards of other files or settings: choose another --out, or delete it first")
+
+
+def _refuse_bad_headers(config: PackConfig, plan: Plan) -> None:
+    """What the plan already knows, before anything is written."""
+    faults = [(r.source.path, r.header) for shard in plan.shards for r in shard.recordings if isinstance(r.header, str)]
+    if config.strict and faults:
+        raise AudioFault(*faults[0])
+    names = {r.source.name: r.header for s in plan.shards for r in s.recordings if isinstance(r.header, str)}
+    _refuse_empty(Path(config.out), plan, names)
 
 
 def _refuse_empty(out: Path, plan: Plan, faults: dict[str, str]) -> None:
     for split in SPLITS:
         names = [r.source.name for shard in plan.shards if shard.split == split for r in shard.recordings]
         if names and all(name in faults for name in names):
-            raise InputError(f"{out}: no file of {split} can be packed; {names[0]}: {faults[names[0]]}")
+            raise InputError(
+                f"{out}: no file of {split} can be packed; {names[0]}: {faults[names[0]]}; mend or replace the files, "
+                "and the same command goes on"
+            )
 
 
 def _pack_shards(config: PackConfig, plan: Plan) -> None:
-    """Packs the shards that are not there yet, or have no note of what became of their files."""
+    """Packs the shards that are not there yet, or not of these files, and removes those of an earlier plan."""
     out = Path(config.out)
-    done = {path.name for path in out.glob("*.tar") if (out / STATE / f"{path.name}.json").exists()}
-    todo = [shard for shard in plan.shards if shard.name not in done]
+    todo = [shard for shard in plan.shards if not _is_done(out, shard)]
+    for name in {path.name for path in out.glob("*.tar")} - {shard.name for shard in plan.shards}:
+        (out / name).unlink()
     files, left = (sum(len(shard.recordings) for shard in shards) for shards in (plan.shards, todo))
     samples = 0
 
@@ -228,6 +243,30 @@ def _pack_shards(config: PackConfig, plan: Plan) -> None:
                 unfinished.unlink(missing_ok=True)
 
 
+def _work(config: PackConfig) -> str:
+    """Tells one packing from another: the same source and settings, whatever the files are at the moment."""
+    return hashlib.sha256(json.dumps([str(Path(config.source).resolve()), _settings(config)]).encode()).hexdigest()
+
+
+def _is_done(out: Path, shard: Shard) -> bool:
+    note = out / STATE / f"{shard.name}.json"
+    return note.exists() and (out / shard.name).exists() and read_json(note).get("of") == _content(shard)
+
+
+def _content(shard: Shard) -> str:
+    """A checksum of what a shard is made of: its recordings, and when their files were last changed."""
+    files = [(r.source.name, r.key, r.header, _changed(r.source.path)) for r in shard.recordings]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def _changed(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def _cpus() -> int:
     """CPUs that this process may use, which on a cluster are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -243,7 +282,7 @@ class Outcome:
 
 def pack_shard(config: PackConfig, shard: Shard, report: Callable[[int], None]) -> None:
     """Writes one tar, then a note of its outcome. Reports the samples of each file, 0 for a bad one."""
-    out = Path(config.out)
+    out, content = Path(config.out), _content(shard)
     outcome = Outcome()
     with _mendable(out):
         chunk_samples = round(config.chunk_seconds * config.sample_rate)
@@ -262,7 +301,7 @@ def pack_shard(config: PackConfig, shard: Shard, report: Callable[[int], None]) 
                         raise
                     outcome.faults[name] = fault.reason
                     report(0)
-        write_json(out / STATE / f"{shard.name}.json", asdict(outcome))
+        write_json(out / STATE / f"{shard.name}.json", {**asdict(outcome), "of": content})
 
 
 def _blocks(recording: Recording, sample_rate: int, outcome: Outcome) -> Iterator[np.ndarray]:

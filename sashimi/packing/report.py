@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sashimi.errors import one_line
 from sashimi.packing.pack import BYTES_PER_SAMPLE, Plan
 from sashimi.packing.verify import Census
 from sashimi.shards import SPLITS
@@ -41,12 +42,12 @@ def census_report(found: Mapping[str, Census], sample_rate: int) -> str:
         row = [split, census.shards, census.recordings, census.clips, f"{census.samples / sample_rate / 3600:.3f}"]
         rows.append([*row, f"{census.loudness:.1f}", f"{100 * census.silence:.1f}"])
     faults = [fault for census in found.values() for fault in census.faults]
-    return _table(head, rows) + "".join(f"\n{fault}" for fault in faults)
+    return _table(head, rows) + "".join(f"\n{one_line(fault)}" for fault in faults)
 
 
 def _left_out(faults: Mapping[str, str]) -> str:
     head = f"\n{len(faults)} files left out:" if faults else ""
-    return head + "".join(f"\n  {name}: {reason}" for name, reason in faults.items())
+    return head + "".join(f"\n  {one_line(f'{name}: {reason}')}" for name, reason in faults.items())
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:
