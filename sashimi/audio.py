@@ -72,14 +72,25 @@ class Quantizer:
         self.amplitudes = y.sign() * (torch.pow(self.levels, y.abs()) - 1) / mu if self.mu_law else y
 
     def encode(self, audio: Tensor) -> Tensor:
-        """Audio (..., L), floating point in [-1, 1], to levels (..., L), int64; louder audio is clipped."""
+        """Audio (..., L), floating point in [-1, 1], to levels (..., L), int64; louder audio is clipped.
+
+        InputError if it is not floating point, or not finite.
+        """
+        if not audio.is_floating_point():
+            raise InputError(f"audio: must be floating point in [-1, 1], not {audio.dtype}")
+        if not audio.isfinite().all():
+            raise InputError("audio: NaN or infinite samples have no level; leave the recording out")
         if self.minmax:
             return self._encode_minmax(audio)
         y = self._compress(audio) if self.mu_law else audio
         return (torch.round(y * self.silence) + self.silence).clamp(0, self.levels - 1).long()
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Levels (..., L), integers in [0, V), to audio (..., L), float32 in [-1, 1]."""
+        """Levels (..., L), integers in [0, V), to audio (..., L), float32 in [-1, 1]. InputError for any others."""
+        if ids.is_floating_point() or (ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.levels):
+            raise InputError(
+                f"ids: must be integers from 0 to {self.levels - 1}, the levels of {self.config.bits} bits"
+            )
         return self.amplitudes.to(ids.device)[ids]
 
     def _compress(self, x: Tensor) -> Tensor:
@@ -227,7 +238,16 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
 
 
 def write_wav(path: str | Path, audio: Tensor, sample_rate: int) -> None:
-    """Writes float audio (samples,) in [-1, 1] as a 16-bit wav, whole or not at all."""
+    """Writes float audio (samples,) in [-1, 1] as a 16-bit wav, whole or not at all.
+
+    InputError if it has another shape, or holds NaN or infinity.
+    """
+    if audio.dim() != 1:
+        raise InputError(f"{path}: audio of shape {list(audio.shape)}: give one clip, (samples,)")
+    if not audio.isfinite().all():
+        raise InputError(f"{path}: NaN or infinite samples cannot be written")
+    if not 1 <= sample_rate <= MAX_RATE:
+        raise InputError(f"{path}: sample_rate={sample_rate}: give 1 to {MAX_RATE} Hz")
     buffer = io.BytesIO()
     sf.write(buffer, to_int16(audio.detach().cpu().float().numpy()), sample_rate, "PCM_16", format="WAV")
     write_file(Path(path), buffer.getvalue())

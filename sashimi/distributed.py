@@ -226,7 +226,10 @@ def _report(line: str) -> None:
 
 def _end_workers() -> None:
     """Loaders' workers that an error left behind ignore SIGTERM, so the interpreter would wait for them for ever."""
-    for worker in multiprocessing.active_children():
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each, over our line
+    for worker in workers:
         worker.kill()
 
 

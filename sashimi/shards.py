@@ -104,7 +104,7 @@ class Split:
             row = rows[chunk]
             first = start + done - int(row["start"])
             count = min(samples - done, int(row["samples"]) - first)
-            out[done : done + count] = read_clip(self._shard(row), row, first, count)
+            out[done : done + count] = read_clip(self._shard(row), row, first, count, self.sample_rate)
             done += count
             chunk += 1
         return out
@@ -200,26 +200,33 @@ def _check(folder: Path | RemoteFolder, option: str = "") -> str:
     return command if isinstance(folder, Path) else f"{command} on a copy of the folder"
 
 
-def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int) -> np.ndarray:
-    """Samples start .. start + samples of the clip of one index row, int16 (samples,). DamagedMember if it cannot."""
+def read_clip(
+    shard: Path | RemoteFile, row: np.void, start: int, samples: int, sample_rate: int
+) -> np.ndarray:
+    """Samples start .. start + samples of the clip of one index row, int16 (samples,).
 
-    def read() -> np.ndarray:
+    DamagedMember if it cannot be read, or is not at `sample_rate` (Hz).
+    """
+
+    def read() -> tuple[np.ndarray, int]:
         data = read_bytes(shard, int(row["offset"]), int(row["bytes"]))
         with sf.SoundFile(io.BytesIO(data)) as flac:
             flac.seek(start)
-            return flac.read(samples, dtype="int16")
+            return flac.read(samples, dtype="int16"), flac.samplerate
 
     try:
         try:
-            audio = read()
+            audio, rate = read()
         except sf.LibsndfileError:
             if isinstance(shard, Path) or not shard.mend():
                 raise
-            audio = read()
+            audio, rate = read()
     except OSError as error:
         raise DamagedMember(shard, member_name(shard, row), error.strerror or str(error)) from error
     except sf.LibsndfileError as error:
         raise DamagedMember(shard, member_name(shard, row), f"damaged flac: {error.error_string}") from error
+    if rate != sample_rate:
+        raise DamagedMember(shard, member_name(shard, row), f"is at {rate} Hz, not {sample_rate} Hz")
     if audio.shape != (samples,):
         reason = f"decoded to shape {audio.shape}, wanted ({samples},)"
         raise DamagedMember(shard, member_name(shard, row), reason)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -72,6 +74,51 @@ def disk_of(size: int) -> Iterator[None]:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
+
+
+NOTES = re.compile("no checkpoint yet, starting from step 0|(files|shards)/s")
+
+
+class Answer(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The only line on stderr, beside progress and the one that says that a run is new."""
+        lines = [line for line in re.split("[\r\n]+", self.err) if line.strip() and not NOTES.search(line)]
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+Call = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """call(SCRIPT, *arguments) runs a script in this process."""
+
+    def run(script: str, *arguments: str) -> Answer:
+        code = 0
+        capsys.readouterr()
+        try:
+            command(script, list(arguments), monkeypatch)
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+        return Answer(code, *capsys.readouterr())
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """When each file of a folder was written, and its size; of folders and links only that they are there."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else (0, 0)
+        for path in folder.rglob("*")
+    }
 
 
 def command(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

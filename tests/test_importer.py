@@ -440,31 +440,3 @@ def test_tensors_that_do_not_fit(key: str, value: Tensor | None, message: str, t
         import_checkpoint(tmp_path / "odd.pt")
     assert str(error.value).startswith(str(tmp_path / "odd.pt"))
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([V4], "--out is missing"),
-        ([V4, "--out", "{tmp}/taken"], "exists and is not empty"),
-        ([V4, "--out", "{tmp}/out", "--quantizer", "alaw"], "quantizer"),
-        (["{tmp}/three-hundred.pt", "--out", "{tmp}/out"], "300 levels are no power of two"),
-        (["{tmp}/missing.pt", "--out", "{tmp}/out"], "missing.pt: no such file"),
-    ],
-)
-def test_tool_answers_in_one_line(
-    arguments: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """And writes nothing."""
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").touch()
-    state = torch.load(V4, weights_only=True)
-    state["encoder.0.weight"], state["decoder.0.output_transform.bias"] = torch.ones(300, 8), torch.ones(300)
-    state["decoder.0.output_transform.weight"] = torch.ones(300, 8)
-    torch.save(state, tmp_path / "three-hundred.pt")
-    with pytest.raises(SystemExit) as error:
-        run_tool(monkeypatch, *(str(argument).format(tmp=tmp_path) for argument in arguments))
-    assert error.value.code == 2
-    assert message in (line := capsys.readouterr().err)
-    assert line.count("\n") == 1
-    assert not (tmp_path / "out").exists()

@@ -3,16 +3,13 @@
 import ast
 import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from conftest import RATE, ROOT, TINY, command, curve, metrics
+from conftest import ROOT, TINY, Call, contents, curve, metrics
 
 import sashimi
 from sashimi.audio import AudioConfig
@@ -21,57 +18,16 @@ from sashimi.config import parse_run_config
 from sashimi.distributed import run_command
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.parsing import to_dict
-from sashimi.shard_writer import write_split
 from sashimi.shards import open_split
 from sashimi.stream import DataConfig, n_segments
 
 README = (ROOT / "README.md").read_text()
 
 
-class Answer(NamedTuple):
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The only line on stderr, besides the one that says that a run is new."""
-        lines = [line for line in self.err.splitlines() if "no checkpoint yet, starting from step 0" not in line]
-        assert len(lines) == 1, self.err
-        return lines[0]
-
-
-Call = Callable[..., Answer]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """call(SCRIPT, *arguments) runs a script in this process."""
-
-    def run(script: str, *arguments: str) -> Answer:
-        code = 0
-        capsys.readouterr()
-        try:
-            command(script, list(arguments), monkeypatch)
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-        return Answer(code, *capsys.readouterr())
-
-    return run
-
-
 @pytest.fixture
 def tiny(tiny_shards: Path, tmp_path: Path) -> list[str]:
     """The options of a tiny run below tmp_path."""
     return [*TINY, "--data.shards", str(tiny_shards), "--runs", str(tmp_path / "runs")]
-
-
-def contents(folder: Path) -> dict[str, tuple[int, int]]:
-    """When each file of a folder was written, and its size."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size) for path in files}
 
 
 def test_dry_run_tells_and_leaves_nothing(call: Call, tiny: list[str], tiny_shards: Path, tmp_path: Path) -> None:
@@ -142,73 +98,6 @@ def test_help(call: Call, script: str, documented: str) -> None:
     answer = call(f"launch/{script}.py", "--help")
     assert answer.code == 0
     assert re.search(documented, " ".join(answer.out.split()))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--data.shards {tmp}/nowhere", "{tmp}/nowhere: no such folder of shards: make it with"),
-        ("--data.shards {tmp}/empty", "{tmp}/empty/manifest.json is missing"),
-        ("--data.shards {tmp}/no-valid", "{tmp}/no-valid has no clips in split 'valid'"),
-        ("--data.segment 510", "data.segment=510: must be a multiple of 16"),
-        ("--train.stesp 3", "train.stesp: no such field; did you mean train.steps?"),
-        ("--train.steps many", "train.steps=many: expected a whole number"),
-        ("--train.timeout_minutes 0", "train.timeout_minutes=0.*: must be above 0"),
-        ("--config {tmp}/none.yaml", "{tmp}/none.yaml: no such config file"),
-        ("--train.batch_size 5 --train.micro_batch 2", ".*batch_size=5"),
-        ("--audio.sample_rate 16000", "audio.sample_rate=16000: .* was packed at 8000 Hz"),
-        ("--audio.bits 9", "model.levels=256: audio.bits=9 needs 512"),
-        ("--runs {tmp}/file", ".*{tmp}/file"),
-        ("--resume {tmp}/nowhere", "resume={tmp}/nowhere: is not a checkpoint of this run"),
-        ("--init_from {tmp}/nowhere", "{tmp}/nowhere: no such folder"),
-        ("--init_from {tmp}/empty", "{tmp}/empty: no config.json and no checkpoints"),
-        ("stray", ".*stray"),
-    ],
-)
-def test_wrong_training_commands(call: Call, tiny: list[str], tmp_path: Path, options: str, message: str) -> None:
-    """One line that names what is wrong, exit code 2, and no run folder.
-
-    Mutations: `run_command` lets InputError through, or OSError; drop that check.
-    """
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    write_split(tmp_path / "no-valid", "train", {"a": np.ones(3000, np.int16)}, RATE)
-    before = contents(tmp_path)
-    answer = call("launch/train.py", *tiny, *options.format(tmp=tmp_path).split())
-    assert answer.code == 2
-    assert re.match("error: " + message.format(tmp=tmp_path), answer.error), answer.error
-    assert contents(tmp_path) == before
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("{tmp}/nowhere", "{tmp}/nowhere: no such folder; give a model folder"),
-        ("{tmp}/empty", "{tmp}/empty: no config.json and no checkpoints"),
-        ("{tmp}/model", "{tmp}/model: does not say what it was trained on; name the shards with --data"),
-        ("{tmp}/model --data {tmp}/nowhere", "{tmp}/nowhere: no such folder of shards"),
-        ("{tmp}/model --data {shards} --split dev", ".* has no clips in split 'dev': .* are train, valid, test"),
-        ("{tmp}/wide --data {shards}", "audio.sample_rate=16000: .* was packed at 8000 Hz"),
-        ("{tmp}/model --data {shards} --batch_size 0", "batch_size=0: give 1 to"),
-        ("{tmp}/model --data {shards} --batch_size x", "batch_size=x: expected a whole number"),
-        ("{tmp}/model --data {shards} --segment -1", "data.segment=-1: give 1 to"),
-        ("{tmp}/model --splt test", "splt: no such field; did you mean split?"),
-        ("{tmp}/model --data {shards} --out {tmp}/nowhere/a.json", ".*{tmp}/nowhere/a.json"),
-        ("", ".*model"),
-    ],
-)
-def test_wrong_evaluations(call: Call, tiny_shards: Path, tmp_path: Path, options: str, message: str) -> None:
-    """One line that names what is wrong, and exit code 2. Mutations: as above."""
-    (tmp_path / "empty").mkdir()
-    config = ModelConfig(d_model=8, n_layers=1)
-    for name, rate in (("model", RATE), ("wide", 16000)):
-        save_model(tmp_path / name, Sashimi(config).state_dict(), to_dict(config), to_dict(AudioConfig(rate)))
-    before = contents(tmp_path)
-    answer = call("launch/evaluate.py", *options.format(tmp=tmp_path, shards=tiny_shards).split())
-    assert answer.code == 2
-    assert re.match("error: " + message.format(tmp=tmp_path), answer.error), answer.error
-    assert contents(tmp_path) == before
 
 
 def readme_commands() -> list[list[str]]:

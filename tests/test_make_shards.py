@@ -303,46 +303,6 @@ def test_shipped_corpus_is_whole(check: Callable[..., tuple[int, str]]) -> None:
     assert code == 0, printed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere", "--out", "out"], "nowhere: No such file or directory: give an existing folder"),
-        (["in"], "out: say where the shards go"),
-        (["in", "--out", "out", "--sample-rate", "0"], "sample_rate=0: choose"),
-        (["in", "--out", "out", "--chunk-seconds", "0"], "chunk_seconds=0.0: choose"),
-        (["in", "--out", "out", "--shard-megabytes", "0"], "shard_megabytes=0.0: must be"),
-        (["in", "--out", "out", "--processes", "-1"], "processes=-1: give 1 to 1024"),
-        (["in", "--out", "out", "--chunk-second", "3"], "chunk_second: no such field; did you mean chunk_seconds?"),
-        (["in", "--out", "in/0.wav"], "in/0.wav: Not a directory: make room or choose another --out"),
-        (["in", "--out", "other"], "other: is not empty and holds no shards to go on with"),
-        (["in", "--out", "in"], "in: is not empty and holds no shards to go on with"),
-        (["silent", "--out", "out"], "out: no file of train can be packed; 0.wav: silent"),
-    ],
-)
-def test_mistakes_are_answered_in_one_line(
-    tmp_path: Path,
-    make: Callable[..., str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    message: str,
-) -> None:
-    """And exit code 2. Mutation: drop the check that answers."""
-    for folder, loudness in (("in", 1), ("silent", 0)):
-        (tmp_path / folder).mkdir()
-        for number in range(20):
-            sf.write(tmp_path / folder / f"{number}.wav", loudness * noise(1000, number), RATE)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/train-000000.tar").touch()
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        make(*arguments)
-    assert stopped.value.code == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert errors[0].startswith(f"error: {message}")
-
-
 def test_other_settings_need_another_folder(
     tmp_path: Path, corpus: Path, make: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

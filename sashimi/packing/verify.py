@@ -118,7 +118,7 @@ def _verify_shard(
         census.faults.append(f"{path}: {member_name(path, row)}: a chunk before it is missing")
     for row in rows:
         try:
-            census.add_audio(read_clip(path, row, 0, int(row["samples"])), sample_rate)
+            census.add_audio(read_clip(path, row, 0, int(row["samples"]), sample_rate), sample_rate)
         except DamagedMember as damage:
             census.faults.append(str(damage))
     census.recordings = len(np.unique(rows["recording"]))
