@@ -134,11 +134,10 @@ def read_header(path: Path) -> Header:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
             raise AudioFault(path, "unreadable: not a file")
-        with open(path, "rb") as file:  # libsndfile itself opens no names that are not UTF-8
+        with open(path, "rb") as file:
             if not file.read(1):
                 raise AudioFault(path, "empty: 0 bytes")
-            file.seek(0)
-            info = sf.info(file)
+        info = sf.info(os.fsencode(path))  # as bytes, for names that are not UTF-8
     except (OSError, sf.LibsndfileError) as error:
         raise AudioFault(path, f"unreadable: {_short(error)}") from error
     cut = _cut_short(info.extra_info)

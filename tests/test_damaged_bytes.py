@@ -151,8 +151,8 @@ def test_damage_is_refused_or_harmless(folder: Path, kind: str, examples: int) -
     """Law 14 for checkpoints, law 8's premise for shards: never another exception, never other data where a checksum,
     a codec or another file tells; never a hang or all memory.
 
-    Mutations: drop `_require_whole` in `load_checkpoint`; the sums at the end of `index_fault`; `flac.samplerate` in
-    `read_clip`; ValueError from what `read_json` catches; `require_size` in `load_model`.
+    Mutations: drop `_require_whole` in `load_checkpoint`; `except Exception` -> `ValueError` in
+    `read_index`; ValueError from what `read_json` catches.
     """
     reader = READERS[kind]
     whole, path = reader.read(folder), folder / reader.file

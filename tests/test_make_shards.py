@@ -119,7 +119,8 @@ def test_manifest_states_what_was_done(tmp_path: Path, make: Callable[..., str])
     for number in range(3):
         (tmp_path / "in").mkdir(exist_ok=True)
         sf.write(tmp_path / f"in/{number}.wav", loud, RATE, "FLOAT")
-    make(tmp_path / "in", "--out", tmp_path / "out", "--fractions", "[100,0,0]")
+    printed = make(tmp_path / "in", "--out", tmp_path / "out", "--fractions", "[100,0,0]")
+    assert "6,000 samples were louder than full scale and are clipped" in printed
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["clipped_samples"] == 3 * 2000
     assert manifest["settings"]["fractions"] == [100, 0, 0]

@@ -236,6 +236,14 @@ def test_one_rate_a_folder(split: Split) -> None:
         seal(split.folder, {})
 
 
+def test_a_clip_at_another_rate_is_damaged(split: Split) -> None:
+    """It would sound higher or lower, and nothing would say so. Mutation: drop the check in `read_clip`."""
+    path = split.folder / "manifest.json"
+    path.write_text(path.read_text().replace('"sample_rate": 8000', '"sample_rate": 8001'))
+    with pytest.raises(DamagedMember, match=r"r1-00000\.flac: is at 8000 Hz, not 8001 Hz"):
+        open_split(split.folder, "train").read(0, 0, 1)
+
+
 @pytest.mark.parametrize("left", [None, 0, 1000])
 def test_a_lost_or_cut_shard_is_refused_when_opened(split: Split, tmp_path: Path, left: int | None) -> None:
     """Before training could mask its segments one by one. Mutation: drop the loop over shards in `open_split`."""

@@ -1,5 +1,6 @@
 """Which files are packed, in which order, and into which split."""
 
+import os
 import random
 from pathlib import Path
 
@@ -90,6 +91,15 @@ def test_what_is_no_audio_is_no_source(tmp_path: Path) -> None:
     """Other and hidden files, folders called x.wav. Mutation: drop `startswith(".")`."""
     touch(tmp_path, "a.wav", "b.txt", "._a.wav", "d.wav/inside.wav")
     assert splits(tmp_path, fractions=(100, 0, 0))["train"] == ["a.wav", "d.wav/inside.wav"]
+
+
+def test_names_and_links_that_cannot_be_read(tmp_path: Path) -> None:
+    """Are sources too, so that what becomes of them is told. Mutation: only `path.is_file()`; `as_posix()` as it is."""
+    (tmp_path / os.fsdecode(b"caf\xe9.wav")).touch()
+    (tmp_path / "gone.wav").symlink_to("nowhere.wav")
+    sources = find_sources(SourceConfig(str(tmp_path), fractions=(100, 0, 0)))
+    assert [source.name for source in sources] == ["caf\\xe9.wav", "gone.wav"]
+    assert sources[0].path.exists()
 
 
 def test_list_file_as_source(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def manifest_report(manifest: Mapping[str, Any]) -> str:
         row = [split, len(about["shards"]), about["recordings"], about["clips"], f"{about['hours']:.3f}"]
         rows.append([*row, f"{megabytes:.1f}"])
     head = ["split", "shards", "recordings", "clips", "hours", "MB"]
-    return _table(head, rows) + _left_out(manifest.get("faults", {}))
+    clipped = manifest.get("clipped_samples", 0)
+    loud = f"\n{clipped:,} samples were louder than full scale and are clipped" if clipped else ""
+    return _table(head, rows) + loud + _left_out(manifest.get("faults", {}))
 
 
 def census_report(found: Mapping[str, Census], sample_rate: int) -> str:
