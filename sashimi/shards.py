@@ -200,9 +200,7 @@ def _check(folder: Path | RemoteFolder, option: str = "") -> str:
     return command if isinstance(folder, Path) else f"{command} on a copy of the folder"
 
 
-def read_clip(
-    shard: Path | RemoteFile, row: np.void, start: int, samples: int, sample_rate: int
-) -> np.ndarray:
+def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, sample_rate: int) -> np.ndarray:
     """Samples start .. start + samples of the clip of one index row, int16 (samples,).
 
     DamagedMember if it cannot be read, or is not at `sample_rate` (Hz).
