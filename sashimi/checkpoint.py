@@ -390,8 +390,9 @@ def _folder(folder: Path, step: int) -> Path:
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of every checkpoint by name, whole or not, the newest first."""
-    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    """(step, path) of every checkpoint by name, whole or not, the newest first. OSError if they cannot be listed."""
+    paths = folder.iterdir() if folder.is_dir() else ()  # glob would find nothing where it may not look
+    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in paths]
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
 

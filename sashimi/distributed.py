@@ -174,6 +174,8 @@ def _check_environment() -> None:
     numbers = {"RANK": 1 << 20, "LOCAL_RANK": 1 << 20, "WORLD_SIZE": 1 << 20, "MASTER_PORT": 65535}
     for name, most in numbers.items():
         value = os.environ.get(name, "0")
+        if (name, value) == ("LOCAL_RANK", "-1"):  # how some launchers say that there is none
+            continue
         if not re.fullmatch("[0-9]{1,9}", value) or int(value) > most:
             raise InputError(f"{name}={value}: must be 0 to {most}; unset it, or let `accelerate launch` set it")
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, found, kept and refused as law 14 says; model folders that load or say why not."""
 
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -147,6 +148,19 @@ def test_never_does_not_write_over_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 5)
     with pytest.raises(InputError, match=r"up to step 5; .*--resume auto.*another --name"):
         checkpoint.find_resume(tmp_path, "never", silent)
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_none(tmp_path: Path) -> None:
+    """Law 14: a run does not start from scratch because its folder may not be read. Mutation: `glob` in `_steps`."""
+    save(tmp_path / "checkpoints", 5)
+    (tmp_path / "checkpoints").chmod(0)
+    try:
+        if os.access(tmp_path / "checkpoints", os.R_OK):
+            pytest.skip("this user reads everything")
+        with pytest.raises(PermissionError):
+            checkpoint.find_resume(tmp_path / "checkpoints", "auto", silent)
+    finally:
+        (tmp_path / "checkpoints").chmod(0o700)
 
 
 @pytest.mark.parametrize("spoil", [damage, remove_manifest, shutil.rmtree])

@@ -102,6 +102,19 @@ def test_names_and_links_that_cannot_be_read(tmp_path: Path) -> None:
     assert sources[0].path.exists()
 
 
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    """Rather than go without what is in it. Mutation: no `onerror`."""
+    touch(tmp_path, "open/a.wav", "shut/b.wav")
+    (tmp_path / "shut").chmod(0)
+    try:
+        if os.access(tmp_path / "shut", os.R_OK):
+            pytest.skip("this user reads everything")
+        with pytest.raises(PermissionError, match="shut"):
+            splits(tmp_path)
+    finally:
+        (tmp_path / "shut").chmod(0o700)
+
+
 def test_list_file_as_source(tmp_path: Path) -> None:
     """Paths are relative to the list; its order does not matter. Mutation: `path.parent / line` -> `Path(line)`."""
     touch(tmp_path / "audio", "2.wav", "10.wav", "unlisted.wav")

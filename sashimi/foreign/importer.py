@@ -42,6 +42,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: no such file; give a checkpoint written by torch.save")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged file makes torch.load raise almost anything
         if found := re.search(r"GLOBAL (\S+)", str(error)):
             raise InputError(

@@ -112,9 +112,14 @@ def _search(root: Path) -> dict[str, Path]:
 
     A link that leads nowhere is one that cannot be read, and shall be reported. Names that are not UTF-8 are escaped.
     """
+
+    def stop(error: OSError) -> None:
+        raise error  # what is in a folder that cannot be opened would be missing, and nobody would know
+
+    paths = [Path(folder) / name for folder, _, names in os.walk(root, onerror=stop) for name in names]
     return {
         os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace"): path
-        for path in root.rglob("*")
+        for path in paths
         if path.suffix.lower() in EXTENSIONS
         and not path.name.startswith(".")
         and (path.is_file() or (path.is_symlink() and not path.exists()))
