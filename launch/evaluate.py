@@ -56,9 +56,7 @@ def main() -> None:
     model = load_model(folder, dist.device)
     nats, count, faults = evaluate(Objective(model), batches, dist)
     if not math.isfinite(nats):
-        raise InputError(
-            f"{folder}: its output is not finite, so its weights have diverged; take an earlier checkpoint"
-        )
+        raise InputError(f"{folder}: its output is not finite: its weights have diverged; take an earlier checkpoint")
     if not count:
         raise InputError(f"{data.shards}: not one segment of split {config.split} can be decoded; pack it again")
     if dist.is_main:
@@ -71,8 +69,7 @@ def main() -> None:
             "split": config.split,
             "segment": data.segment,
         }
-        text = json.dumps(result, indent=2)
-        print(text)
+        print(text := json.dumps(result, indent=2))
         if config.out:
             Path(config.out).write_text(text + "\n")
     dist.close()

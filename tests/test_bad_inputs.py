@@ -397,6 +397,7 @@ ROWS = [
     Row("train", "--data.segment 510", "data.segment=510: must be a multiple of 16"),
     Row("train", "--train.batch_size 5 --train.micro_batch 2", ".*batch_size=5"),
     Row("train", "--audio.sample_rate 16000", "audio.sample_rate=16000: .* was packed at 8000 Hz"),
+    Row("train", "--train.timeout_minutes 0", "train.timeout_minutes=0.*: must be above 0"),
     Row("train", "--audio.bits 9", "model.levels=256: audio.bits=9 needs 512"),
     Row("evaluate", "--batch_size 0", "batch_size=0: give 1 to"),
     Row("evaluate", "--segment -1", "data.segment=-1: give 1 to"),
@@ -549,7 +550,7 @@ ROWS = [
     Row(
         "evaluate",
         "",
-        "model: its output is not finite, so its weights have diverged",
+        "model: its output is not finite: its weights have diverged",
         tensors("model/model.safetensors", lambda t: {name: value * 1e30 for name, value in t.items()}),
     ),
     Row(
