@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -119,6 +120,30 @@ def contents(folder: Path) -> dict[str, tuple[int, int]]:
         str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else (0, 0)
         for path in folder.rglob("*")
     }
+
+
+@pytest.fixture
+def shut_folder() -> Iterator[Path]:
+    """A folder to fill, named "shut", which nobody may open within `powerless`; all may open what it is in."""
+    with tempfile.TemporaryDirectory() as around:
+        Path(around).chmod(0o755)
+        folder = Path(around) / "shut"
+        folder.mkdir()
+        yield folder
+        folder.chmod(0o700)
+
+
+@contextmanager
+def powerless(shut: Path) -> Iterator[None]:
+    """Within: `shut` may not be read, and this process has no right to read it all the same, as root has."""
+    shut.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 def command(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, found, kept and refused as law 14 says; model folders that load or say why not."""
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from conftest import powerless
 from torch import Tensor, nn
 
 from sashimi import checkpoint, parsing
@@ -150,17 +150,11 @@ def test_never_does_not_write_over_checkpoints(tmp_path: Path) -> None:
         checkpoint.find_resume(tmp_path, "never", silent)
 
 
-def test_checkpoints_that_cannot_be_listed_are_not_none(tmp_path: Path) -> None:
+def test_checkpoints_that_cannot_be_listed_are_not_none(shut_folder: Path) -> None:
     """Law 14: a run does not start from scratch because its folder may not be read. Mutation: `glob` in `_steps`."""
-    save(tmp_path / "checkpoints", 5)
-    (tmp_path / "checkpoints").chmod(0)
-    try:
-        if os.access(tmp_path / "checkpoints", os.R_OK):
-            pytest.skip("this user reads everything")
-        with pytest.raises(PermissionError):
-            checkpoint.find_resume(tmp_path / "checkpoints", "auto", silent)
-    finally:
-        (tmp_path / "checkpoints").chmod(0o700)
+    save(shut_folder, 5)
+    with powerless(shut_folder), pytest.raises(PermissionError):
+        checkpoint.find_resume(shut_folder, "auto", silent)
 
 
 @pytest.mark.parametrize("spoil", [damage, remove_manifest, shutil.rmtree])

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import powerless
 
 from sashimi.errors import InputError
 from sashimi.packing.sources import SourceConfig, find_sources, natural_key
@@ -102,17 +103,11 @@ def test_names_and_links_that_cannot_be_read(tmp_path: Path) -> None:
     assert sources[0].path.exists()
 
 
-def test_a_folder_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_opened_is_named(shut_folder: Path) -> None:
     """Rather than go without what is in it. Mutation: no `onerror`."""
-    touch(tmp_path, "open/a.wav", "shut/b.wav")
-    (tmp_path / "shut").chmod(0)
-    try:
-        if os.access(tmp_path / "shut", os.R_OK):
-            pytest.skip("this user reads everything")
-        with pytest.raises(PermissionError, match="shut"):
-            splits(tmp_path)
-    finally:
-        (tmp_path / "shut").chmod(0o700)
+    touch(shut_folder.parent, "open/a.wav", "shut/b.wav")
+    with powerless(shut_folder), pytest.raises(PermissionError, match="shut"):
+        splits(shut_folder.parent)
 
 
 def test_list_file_as_source(tmp_path: Path) -> None:
