@@ -34,7 +34,7 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str = "", descriptio
     are a list, and the bare name of a yes-or-no field is yes. `--help` prints every field and leaves by SystemExit(0).
     All other trouble is an InputError.
     """
-    required = any(f.default is f.default_factory is dataclasses.MISSING for f in dataclasses.fields(config_class))  # type: ignore[arg-type]
+    required = any(_is_required(field) for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
     argv = _normalized(argv, _switches(config_class), positional=required)
     parser = _parser(config_class, prog, description)
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -103,12 +103,23 @@ def _parser(config_class: type, prog: str = "", description: str = "") -> Argume
     return parser
 
 
+def _file_parser(config_class: Any) -> ArgumentParser:
+    """For a file alone: it need not give the positional arguments."""
+    parser = _parser(config_class)
+    parser.set_defaults({field.name: "" for field in dataclasses.fields(config_class) if _is_required(field)})
+    return parser
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def _read(config_class: type, parser: ArgumentParser, file: Path) -> Namespace:
     if not file.is_file():
         raise InputError(f"{file}: no such config file")
     try:
         _check_yaml(yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
-        return parser.parse_path(str(file))
+        return _file_parser(config_class).parse_path(str(file))
     except (ArgumentError, InputError) as error:
         raise InputError(f"{file}: {_message(error, parser, config_class)}") from None
     except UnicodeDecodeError:

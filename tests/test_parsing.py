@@ -82,6 +82,15 @@ def test_command_lines(argv: list[str], expected: Whole) -> None:
     assert parse(*argv) == expected
 
 
+def test_a_file_need_not_give_what_is_positional(tmp_path: Path) -> None:
+    """But the command line must. Mutation: `_parser` for `_file_parser` in `_read`; or defaults in `_parser`."""
+    file = tmp_path / "command.yaml"
+    file.write_text("split: train")
+    assert parsing.parse(Command, ["shards/x", "--config", str(file)]) == Command("shards/x", "train")
+    with pytest.raises(InputError, match="folder"):
+        parsing.parse(Command, ["--config", str(file)])
+
+
 def test_a_field_without_a_default_is_positional() -> None:
     """Mutation: as_positional=False."""
     assert parsing.parse(Command, ["runs/x", "--split=valid"]) == Command("runs/x", "valid")
