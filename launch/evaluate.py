@@ -6,10 +6,10 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sashimi.checkpoint import find_model_folder, load_model, read_audio_config, read_config
 from sashimi.distributed import Distributed, run_command
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample
+from sashimi.model_folder import find_model_folder, load_model, read_audio_config, read_config
 from sashimi.parsing import build, parse
 from sashimi.shards import open_split
 from sashimi.stream import DataConfig, Place, eval_batches

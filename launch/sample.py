@@ -6,9 +6,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sashimi.checkpoint import find_model_folder, load_model, read_audio_config
 from sashimi.clips import Progress, SampleConfig, sample_to_folder
 from sashimi.distributed import Distributed, run_command
+from sashimi.model_folder import find_model_folder, load_model, read_audio_config
 from sashimi.parsing import parse
 
 

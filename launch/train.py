@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from sashimi.audio import Quantizer
-from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, load_model_folder, load_weights, rewind
+from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, rewind
 from sashimi.config import adopt_model, parse_run_config, save_config
 from sashimi.distributed import ignore_stop_signals, run_command
 from sashimi.model import Sashimi
+from sashimi.model_folder import load_model_folder, load_weights
 from sashimi.parsing import to_dict
 from sashimi.sampler import generate
 from sashimi.stream import Place, TrainingData
@@ -60,7 +61,7 @@ def main() -> None:
         save_config(replace(config, resume="auto"), config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
 
-    def listen(model: torch.nn.Module, step: int) -> None:
+    def listen(model: torch.torch.nn.Module, step: int) -> None:
         track, rate = config.track, config.audio.sample_rate
         if track.audio_every and step % track.audio_every == 0:
             with tracker.pause(), dist.whole_model(model) as whole:

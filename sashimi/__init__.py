@@ -1,8 +1,8 @@
 """Sashimi: raw-audio state-space models, trained and sampled on many GPUs."""
 
 from sashimi.audio import AudioConfig, Quantizer, write_wav
-from sashimi.checkpoint import load_model, read_audio_config
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.model_folder import load_model, read_audio_config
 from sashimi.sampler import generate
 
 __all__ = [

@@ -21,10 +21,8 @@ from sashimi.checkpoint import (
     Checkpoint,
     abandon_checkpoint,
     begin_checkpoint,
-    best_step,
     compare_engines,
     has_checkpoint,
-    load_weights,
     part_name,
     prune,
     save_checkpoint,
@@ -34,6 +32,7 @@ from sashimi.checkpoint import (
 from sashimi.distributed import Distributed
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample, nll
+from sashimi.model_folder import best_step, load_weights
 from sashimi.optim import (
     OptimConfig,
     Plateau,

@@ -41,10 +41,11 @@ ARROWS: dict[str, set[str]] = {
     # training and its records
     "optim": set(),
     "tracking": {"atomic"},
-    "checkpoint": {"atomic", "audio", "foreign.legacy", "model", "parsing"},
+    "model_folder": {"atomic", "audio", "foreign.legacy", "model", "parsing"},
+    "checkpoint": {"atomic", "model_folder"},
     "distributed": set(),
     "zero": {"atomic", "distributed"},
-    "trainer": {"atomic", "checkpoint", "distributed", "loss", "optim", "stream", "tracking", "zero"},
+    "trainer": {"atomic", "checkpoint", "distributed", "loss", "model_folder", "optim", "stream", "tracking", "zero"},
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling
     "native.library": set(),
@@ -56,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
     "packing": set(),
     "foreign": set(),
     "native": set(),
-    "": {"audio", "checkpoint", "model", "sampler"},
+    "": {"audio", "model", "model_folder", "sampler"},
 }
 
 PROCESSES = {"accelerate", "signal", "torch.distributed"}  # imported by distributed.py alone

@@ -28,11 +28,11 @@ from conftest import NOTES, RATE, ROOT, TINY, Call, command, contents
 
 import sashimi
 from sashimi.audio import AudioConfig, read_audio
-from sashimi.checkpoint import save_model
 from sashimi.clips import SampleConfig
 from sashimi.config import RunConfig
 from sashimi.errors import InputError, one_line
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.model_folder import save_model
 from sashimi.optim import OptimConfig
 from sashimi.packing.pack import PackConfig
 from sashimi.parsing import to_dict

@@ -12,7 +12,7 @@ import torch
 from conftest import powerless
 from torch import Tensor, nn
 
-from sashimi import checkpoint, parsing
+from sashimi import checkpoint, model_folder, parsing
 from sashimi.audio import AudioConfig
 from sashimi.errors import InputError
 from sashimi.foreign import legacy
@@ -186,7 +186,7 @@ def test_going_back_abandons_what_came_later(tmp_path: Path) -> None:
     checkpoint.rewind(folder, 5, lines.append)
     assert kept(folder) == ["step-00000002", "step-00000005", "step-00000007.abandoned", "step-00000009.abandoned"]
     assert len(lines) == 2
-    assert checkpoint.best_step(tmp_path) is None
+    assert model_folder.best_step(tmp_path) is None
     save(folder, 6)
     checkpoint.prune(folder, 1, None)
     assert checkpoint.find_resume(folder, "auto", silent) == folder / "step-00000006"
@@ -200,7 +200,7 @@ def test_rewind_keeps_an_earlier_best(tmp_path: Path) -> None:
     save(tmp_path / "checkpoints", 5)
     checkpoint.write_best(tmp_path, 5, 1.5)
     checkpoint.rewind(tmp_path / "checkpoints", 5, silent)
-    assert checkpoint.best_step(tmp_path) == 5
+    assert model_folder.best_step(tmp_path) == 5
 
 
 @pytest.mark.parametrize(("best", "expected"), [(None, [8, 9]), (3, [3, 8, 9]), (9, [8, 9]), (77, [8, 9])])
@@ -258,7 +258,7 @@ def export(folder: Path, seed: int = 0, **more: Any) -> Sashimi:
     """A model folder with random weights, and its model."""
     torch.manual_seed(seed)
     model = Sashimi(MODEL).eval()
-    checkpoint.save_model(
+    model_folder.save_model(
         folder, model.state_dict(), parsing.to_dict(MODEL), parsing.to_dict(AudioConfig()), {"from": "test"}, **more
     )
     return model
@@ -268,14 +268,14 @@ def test_a_saved_model_loads_and_runs(tmp_path: Path) -> None:
     """Same logits, eval mode. Mutation: skip `load_weights`."""
     folder = tmp_path / "out" / "model"
     model = export(folder)
-    loaded = checkpoint.load_model(folder)
+    loaded = model_folder.load_model(folder)
     assert not loaded.training
     inputs = torch.randint(256, (1, 30))
     assert torch.equal(loaded(inputs), model(inputs))
-    assert checkpoint.load_model_folder(folder)[1]["source"] == {"from": "test"}
+    assert model_folder.load_model_folder(folder)[1]["source"] == {"from": "test"}
     shutil.rmtree(folder)
     export(folder, seed=1)
-    assert not torch.equal(checkpoint.load_model(folder)(inputs), model(inputs))
+    assert not torch.equal(model_folder.load_model(folder)(inputs), model(inputs))
 
 
 @pytest.mark.parametrize("format", legacy.FORMATS)
@@ -283,11 +283,11 @@ def test_an_imported_format_finds_its_class(tmp_path: Path, format: str) -> None
     """And one that this version does not know is refused. Mutation: build Sashimi whatever the format."""
     weights = legacy.build(format, MODEL).state_dict()
     sections = parsing.to_dict(MODEL), parsing.to_dict(AudioConfig())
-    checkpoint.save_model(tmp_path / "model", weights, *sections, format=format)
-    assert type(checkpoint.load_model(tmp_path / "model")) is type(legacy.build(format, MODEL))
-    checkpoint.save_model(tmp_path / "other", weights, *sections, format="other")
+    model_folder.save_model(tmp_path / "model", weights, *sections, format=format)
+    assert type(model_folder.load_model(tmp_path / "model")) is type(legacy.build(format, MODEL))
+    model_folder.save_model(tmp_path / "other", weights, *sections, format="other")
     with pytest.raises(InputError, match="format='other'"):
-        checkpoint.load_model(tmp_path / "other")
+        model_folder.load_model(tmp_path / "other")
 
 
 def test_an_export_replaces_nothing(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_run_gives_its_best_checkpoint_else_the_newest_whole_one(tmp_path: Pat
         save(checkpoints, step)
 
     def loaded(path: Path) -> int:
-        return int(checkpoint.load_model_folder(path)[0]["b"])
+        return int(model_folder.load_model_folder(path)[0]["b"])
 
     assert loaded(tmp_path) == 3
     checkpoint.write_best(tmp_path, 2, 1.5)
@@ -377,7 +377,7 @@ def test_a_bad_model_folder_says_what_is_wrong(tmp_path: Path, spoil: Any, messa
     remove_manifest(folder)
     spoil(folder)
     with pytest.raises(InputError, match=message) as error:
-        checkpoint.load_model(folder)
+        model_folder.load_model(folder)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -387,7 +387,7 @@ def test_a_damaged_export_is_refused(tmp_path: Path) -> None:
     export(tmp_path / "model")
     rewrite(tmp_path / "model", **{"norm.bias": torch.ones(4)})
     with pytest.raises(InputError, match="SHA-256"):
-        checkpoint.load_model(tmp_path / "model")
+        model_folder.load_model(tmp_path / "model")
 
 
 def test_weights_are_not_half_loaded() -> None:
@@ -395,5 +395,5 @@ def test_weights_are_not_half_loaded() -> None:
     model = nn.Linear(2, 2)
     before = model.weight.clone()
     with pytest.raises(InputError, match="bias is missing"):
-        checkpoint.load_weights(model, {"weight": torch.zeros(2, 2)}, "there")
+        model_folder.load_weights(model, {"weight": torch.zeros(2, 2)}, "there")
     assert torch.equal(model.weight, before)

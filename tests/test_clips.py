@@ -15,10 +15,10 @@ import torch
 from conftest import command, launch
 
 from sashimi.audio import AudioConfig, Quantizer, read_audio, write_wav
-from sashimi.checkpoint import save_model
 from sashimi.clips import Progress, SampleConfig, Summary, keep_likelihood, sample_to_folder
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.model_folder import save_model
 
 RATE = 8000
 AUDIO = AudioConfig(sample_rate=RATE)

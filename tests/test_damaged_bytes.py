@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from sashimi import parsing
 from sashimi.audio import AudioConfig, read_audio
-from sashimi.checkpoint import load_checkpoint, load_model, read_audio_config, save_checkpoint, save_model
+from sashimi.checkpoint import load_checkpoint, save_checkpoint
 from sashimi.clips import read_finished, to_lines, write_clip
 from sashimi.config import RunConfig, parse_run_config, save_config
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.model_folder import load_model, read_audio_config, save_model
 from sashimi.packing.sources import SourceConfig, find_sources
 from sashimi.shard_writer import write_split
 from sashimi.shards import DamagedMember, open_split

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from conftest import command
 from torch import Tensor, nn
 
-from sashimi.checkpoint import load_model
 from sashimi.errors import InputError
 from sashimi.foreign import legacy
 from sashimi.foreign.importer import convert, import_checkpoint, read_checkpoint
 from sashimi.model import ModelConfig, Sashimi, Tier
+from sashimi.model_folder import load_model
 from sashimi.s4 import S4
 
 REFERENCE = Path(__file__).parent / "reference"

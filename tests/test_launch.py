@@ -13,10 +13,10 @@ from conftest import ROOT, TINY, Call, contents, curve, metrics
 
 import sashimi
 from sashimi.audio import AudioConfig
-from sashimi.checkpoint import read_audio_config, save_model
 from sashimi.config import parse_run_config
 from sashimi.distributed import run_command
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.model_folder import read_audio_config, save_model
 from sashimi.parsing import to_dict
 from sashimi.shards import open_split
 from sashimi.stream import DataConfig, n_segments

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from trained_like import relative, trained_like
 
-from sashimi.checkpoint import build_model, load_weights
 from sashimi.errors import InputError
 from sashimi.foreign.importer import import_checkpoint
 from sashimi.model import ModelConfig, Sashimi, TierState
+from sashimi.model_folder import build_model, load_weights
 from sashimi.native.engine import Native
 from sashimi.native.library import library, tables
 from sashimi.parsing import to_dict

@@ -13,8 +13,8 @@ from conftest import RATE, TINY, command, launch, metrics
 from test_elastic import assert_one_history
 
 from sashimi.audio import AudioConfig
-from sashimi.checkpoint import save_model
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.model_folder import save_model
 from sashimi.parsing import to_dict
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]

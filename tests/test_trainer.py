@@ -14,10 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sashimi.trainer as trainer_module
 from sashimi.audio import Quantizer
-from sashimi.checkpoint import load_checkpoint, load_model
+from sashimi.checkpoint import load_checkpoint
 from sashimi.distributed import Distributed
 from sashimi.loss import nll
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.model_folder import load_model
 from sashimi.optim import OptimConfig, Plateau
 from sashimi.sampler import generate
 from sashimi.stream import AudioConfig, Batch, DataConfig, TrainingData

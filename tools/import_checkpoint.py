@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from sashimi.audio import AudioConfig, QuantizerName
-from sashimi.checkpoint import save_model
 from sashimi.distributed import run_command
 from sashimi.errors import InputError
 from sashimi.foreign.importer import import_checkpoint
 from sashimi.foreign.translation import Imported
+from sashimi.model_folder import save_model
 from sashimi.parsing import parse, to_dict
 
 
