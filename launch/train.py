@@ -43,10 +43,9 @@ def main() -> None:
     if weights is not None:
         load_weights(model, weights, str(config.init_from))
     place = Place(dist.rank, dist.world_size, dist.device.type == "cuda", ignore_stop_signals)
-    batches = (config.train.batch_size, config.train.micro_batch)
-    data = TrainingData(config.data, config.audio, config.seed, *batches, place)
-    settings = (config.train, config.optim, config.seed, to_dict(config))
-    trainer = Trainer(dist, model.to(dist.device), data, *settings, checkpoints)
+    train, seed = config.train, config.seed
+    data = TrainingData(config.data, config.audio, seed, train.batch_size, train.micro_batch, place)
+    trainer = Trainer(dist, model.to(dist.device), data, train, config.optim, seed, to_dict(config), checkpoints)
     if checkpoint is not None:
         trainer.restore(checkpoint)
     if config.dry_run or trainer.finished:
