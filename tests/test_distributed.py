@@ -14,10 +14,11 @@ from conftest import ROOT, TINY, command, curve, launch, launcher, metrics
 
 @pytest.fixture(scope="module")
 def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with finished runs of 1 and of 2 ranks, the latter with accumulation."""
+    """A folder with finished runs of 1 and of 2 ranks, the latter with accumulation; both generate clips at times."""
     folder = tmp_path_factory.mktemp("distributed") / "runs"
+    clips = ["--track.audio_every", "5", "--track.audio_clips", "3", "--track.audio_seconds", "0.01"]
     for ranks, more in ((1, []), (2, ["--train.micro_batch", "1"])):
-        train(ranks, folder, tiny_shards, f"ranks-{ranks}", *more)
+        train(ranks, folder, tiny_shards, f"ranks-{ranks}", *clips, *more)
     return folder
 
 
@@ -38,9 +39,11 @@ def assert_close(actual: list[dict], expected: list[dict], rel: float) -> None:
 
 
 def test_ranks_train_as_one(runs: Path) -> None:
-    """Laws 7 and 13: two ranks with unequal masks, two micro-batches each, give one process's losses and gradients.
+    """Laws 7, 13 and 15: two ranks with unequal masks, two micro-batches each, give one process's losses and gradients,
+    and none waits for the other in a save, in validation or for a clip.
 
-    Mutations: drop `* self.world_size` in `Distributed.backward`; divide by this rank's own `scored`.
+    Mutations: drop `* self.world_size` in `Distributed.backward`; divide by this rank's own `scored`; in `train`, save,
+    or in launch/train.py, generate clips, on the main rank alone.
     """
     two, one = metrics(runs / "ranks-2"), metrics(runs / "ranks-1")
     assert_close(two, one, rel=1e-6)
