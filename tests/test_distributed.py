@@ -155,8 +155,8 @@ def test_signal_saves_on_all_ranks_and_resumes(
     Mutations: leave `stop_requested` out of the all-reduce (the other rank would wait for its peer for ever); no
     `ignore_stop_signals` in launch/train.py (the workers die, and their trainer with them).
     """
-    argv = arguments(tmp_path, tiny_shards, "run", "--train.steps", "100000", "--train.save_every", "100000")
-    argv += ["--data.workers", str(loaders)]
+    endless = "--train.steps 100000 --train.save_every 100000 --train.valid_every 100000".split()  # no other checkpoint
+    argv = arguments(tmp_path, tiny_shards, "run", *endless, "--data.workers", str(loaders))
     script = str(ROOT / "launch/train.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
