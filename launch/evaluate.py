@@ -40,7 +40,7 @@ def main() -> None:
     """Load, evaluate on all ranks, print on one."""
     config = parse(EvaluateConfig, sys.argv[1:], "evaluate.py", "Bits per sample of a model on a split, as JSON.")
     dist = Distributed()
-    folder = find_model_folder(Path(config.model))
+    folder = dist.from_main(find_model_folder(Path(config.model)) if dist.is_main else None)
     saved = read_config(folder)
     if config.out and (Path(config.out).is_dir() or not Path(config.out).absolute().parent.is_dir()):
         raise InputError(f"out={config.out}: is a folder, or in a folder that does not exist; give another file")

@@ -33,7 +33,7 @@ def main() -> None:
     about = "Generate clips of audio into a folder. A command that was cut short goes on when repeated."
     config = parse(Command, sys.argv[1:], "sample.py", about)
     dist = Distributed(timeout_minutes=7 * 24 * 60)  # a rank may have a whole batch less to do than another
-    folder = find_model_folder(Path(config.model))
+    folder = dist.from_main(find_model_folder(Path(config.model)) if dist.is_main else None)
     model = load_model(folder, dist.device)
     audio = read_audio_config(folder)
     run = folder.parents[1] if folder.parent.name == "checkpoints" else Path()

@@ -60,13 +60,13 @@ def main() -> None:
         save_config(replace(config, resume="auto"), config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
 
-    def listen(model: torch.torch.nn.Module, step: int) -> None:
-        track, rate = config.track, config.audio.sample_rate
+    def listen(model: torch.nn.Module, step: int) -> None:
+        track, rate, decode = config.track, config.audio.sample_rate, Quantizer(config.audio).decode
         if track.audio_every and step % track.audio_every == 0:
             with tracker.pause(), dist.whole_model(model) as whole:
                 own, samples = range(dist.rank, track.audio_clips, dist.world_size), round(track.audio_seconds * rate)
-                ids = [generate(whole, samples, [i], seed=config.seed)[0] for i in own]
-                tracker.audio(step, dist.gather([Quantizer(config.audio).decode(clip) for clip in ids]), rate)
+                ids = [(i, generate(whole, samples, [i], seed=config.seed)[0]) for i in own]
+                tracker.audio(step, [decode(clip) for _, clip in sorted(dist.gather(ids))], rate)
 
     with dist.stop_signals():
         with closing(tracker):

@@ -121,7 +121,8 @@ def sample_to_folder(
         sound = read_prompt(Path(config.prompt), config.prompt_seconds, audio.sample_rate, config.resample_prompt)
         prompt = quantizer.encode(sound)
     engine = make_engine(model, config)
-    settings = agree(folder, settings_of(model, model_name, audio, config, prompt, engine.name))
+    own = settings_of(model, model_name, audio, config, prompt, engine.name)
+    settings = agree(folder, own)
     generator = Generator(model, config, engine, prompt)
     barrier()
 
@@ -131,6 +132,7 @@ def sample_to_folder(
     finished = read_finished(folder)
     missing = [clip for clip in range(config.clips) if clip not in finished]
     barrier()  # nobody adds a clip before everybody has seen which are missing
+    agree(folder, own)  # in a new folder, with rank 0: another machine may have another engine
 
     work = batches_of(missing, config.batch_size)[rank::world_size]
     began, steps = time.perf_counter(), 0

@@ -58,7 +58,12 @@ _STATE = {  # what state.json says of a RunState, of which types; whole numbers 
     **dict.fromkeys(("best_bits", "plateau.best"), (int, float, type(None))),
     "plateau.factor": (int, float),
 }
-_STATE_BESIDE = {"ema_updates": (int,), "loss_scale": (dict,), "data": (str,)}  # and what else a resumed run needs
+_STATE_BESIDE = {
+    "ema_updates": (int,),
+    "loss_scale": (dict,),
+    "data": (str,),
+    "world_size": (int,),
+}  # and what else a resumed run needs
 
 
 def _check_state(state: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
@@ -259,9 +264,12 @@ class Trainer:
             None if self.ema is None else self.ema.module.state_dict(),
             parts,
         )
-        if now.best_step is not None and now.best_bits is not None and has_checkpoint(self.folder, now.best_step):
-            write_best(run, now.best_step, now.best_bits)
-        prune(self.folder, self.config.keep_last, best_step(run))
+        try:
+            if now.best_step is not None and now.best_bits is not None and has_checkpoint(self.folder, now.best_step):
+                write_best(run, now.best_step, now.best_bits)
+            prune(self.folder, self.config.keep_last, best_step(run))
+        except (OSError, InputError) as error:
+            self.tracker.note(f"step {now.step} is saved, but best.json or old checkpoints are as they were: {error}")
 
     def train(self, tracker: Tracker, listen: Callable[[nn.Module, int], None] = lambda model, step: None) -> bool:
         """Run to the last step, or until a signal asks to stop. Saves at the end. True if the run is complete.

@@ -72,6 +72,11 @@ def read_config(file: str) -> dict[str, Any]:
             raise InputError(f"{file}: {name} is decided by {field} of the run; leave it out")
     if config.get("gradient_clipping", 0):
         raise InputError(f"{file}: gradient_clipping={config['gradient_clipping']}: set it to 0.0; optim.clip decides")
+    if autocast.setdefault("lower_precision_safe_modules", []) or config.get("communication_data_type"):
+        raise InputError(
+            f"{file}: torch_autocast.lower_precision_safe_modules must be [] and communication_data_type left out, or "
+            "gradients are exchanged in lower precision"
+        )
     if autocast.get("enabled", False) and autocast.get("dtype") not in PRECISIONS:
         raise InputError(f"{file}: torch_autocast.dtype={autocast.get('dtype')}: must be bfloat16 or float16")
     return config

@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "trainer": {"atomic", "checkpoint", "distributed", "loss", "model_folder", "optim", "stream", "tracking", "zero"},
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling
-    "native.library": set(),
+    "native.library": {"atomic"},
     "native.program": {"layers", "model", "native.library", "s4"},
     "native.engine": {"model", "native.library", "native.program", "s4"},
     "sampler": {"model", "native.engine", "native.library"},

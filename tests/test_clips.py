@@ -81,6 +81,25 @@ def lines(folder: Path, name: str = "samples.jsonl") -> list[dict]:
 # --- laws 16 and 17
 
 
+def test_ranks_do_not_mix_engines(model: Sashimi, tmp_path: Path) -> None:
+    """Law 16: in a folder that is new to both, a machine that has another engine than rank 0 stops.
+
+    Mutation: no `agree` after the second barrier.
+    """
+    sample(model, tmp_path / "plain", replace(FIVE, engine="plain"))
+    folder, settings = tmp_path / "new", (tmp_path / "plain/settings.json").read_bytes()
+    waits = []
+
+    def wait() -> None:
+        waits.append((folder / "settings.json").exists())
+        if len(waits) == 2:
+            (folder / "settings.json").write_bytes(settings)  # rank 0's
+
+    with pytest.raises(InputError, match="engine"):
+        sample_to_folder(model, "model", AUDIO, folder, replace(FIVE, engine="native"), 1, 2, wait)
+    assert not list(folder.glob("*.wav"))
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_makes_the_same_folder(model: Sashimi, tmp_path: Path, ranks: int) -> None:
     """Law 16. Mutations: in `missing`, `range(rank, config.clips)`; no barrier before the work, or none after it."""

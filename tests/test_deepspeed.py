@@ -338,6 +338,7 @@ def test_what_may_not_change(saved: tuple[int, int], now: tuple[int, int]) -> No
         ({"bf16": {"enabled": True}}, "bf16.enabled casts the state spaces"),
         ({"fp16": {"enabled": True}}, "fp16.enabled casts the state spaces"),
         ({"gradient_clipping": 1.0}, "gradient_clipping=1.0: set it to 0.0; optim.clip decides"),
+        ({"communication_data_type": "bf16"}, "communication_data_type left out, or gradients are exchanged in lower"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is decided by optim of the run"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps is decided by train.micro_batch"),
         ({"torch_autocast": {"enabled": True, "dtype": "float64"}}, "torch_autocast.dtype=float64"),
@@ -481,7 +482,7 @@ def test_the_launcher_takes_each_file(file: Path, monkeypatch: pytest.MonkeyPatc
 def test_each_configuration_says_what_it_means(file: Path) -> None:
     """Stage by name; bfloat16 by autocast alone, all that travels in float32; no clipping but the run's.
 
-    Mutation: leave out `lower_precision_safe_modules`, so that gradients of linear layers travel in bfloat16.
+    Mutation: `lower_precision_safe_modules` of Linear, so that gradients of linear layers travel in bfloat16.
     """
     config = read_config(str(file))
     assert config["zero_optimization"]["stage"] == int(file.stem.removeprefix("zero"))

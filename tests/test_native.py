@@ -141,7 +141,10 @@ def test_without_a_compiler_the_plain_engine_does_it(monkeypatch: pytest.MonkeyP
 
 
 def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """And kept for other processes. Mutation: compile whether or not the file exists."""
+    """And kept for other processes; a damaged one is made anew, and where none can be kept there is one all the same.
+
+    Mutations: compile whether or not the file exists; the first or the second `suppress` of nothing.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     stamps = []
     for _ in range(2):
@@ -150,4 +153,11 @@ def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         (made,) = (tmp_path / ".cache/sashimi").iterdir()
         stamps.append(made.stat().st_mtime_ns)
     assert stamps[0] == stamps[1]
+    made.unlink()
+    made.write_bytes(b"")  # as a power cut may leave it; another file, for the first one is in use
+    for home in (tmp_path, "/proc/nowhere"):
+        monkeypatch.setenv("HOME", str(home))
+        library.cache_clear()
+        assert library().many_float
+    assert made.stat().st_size > 1000
     library.cache_clear()

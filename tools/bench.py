@@ -63,6 +63,10 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.part not in PARTS:
             raise InputError(f"part={self.part}: choose one of {', '.join(PARTS)}")
+        if not self.kernels or set(self.kernels) - {"krylov", "cauchy", "cauchy_keops"}:
+            raise InputError(f"kernels={list(self.kernels)}: choose from krylov, cauchy, cauchy_keops")
+        if self.threads < 0:
+            raise InputError(f"threads={self.threads}: must be 0 or more")
         for name in ("length", "batch_size", "repetitions"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")

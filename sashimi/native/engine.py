@@ -15,6 +15,7 @@ from sashimi.native.library import Drawing, Unavailable, library, tables
 from sashimi.native.program import Program
 from sashimi.s4 import S4State
 
+_MOST_PHASES = 4096  # each has its own program
 _MANY = 4  # batches from this size on fill the lanes of a vector with clips, below it with features
 
 
@@ -30,8 +31,10 @@ class Native:
     def __init__(self, model: Sashimi, batch_size: int, temperature: float, top_k: int, top_p: float) -> None:
         weight = model.head.weight
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.float64):
-            raise Unavailable(f"it runs float32 on CPUs, not {weight.dtype} on {weight.device}")
+            raise Unavailable(f"it runs float32 and float64 on CPUs, not {weight.dtype} on {weight.device}")
         self.model, self.library = model, library()
+        if model.config.total_pool > _MOST_PHASES:
+            raise Unavailable(f"it has {model.config.total_pool} phases, more than {_MOST_PHASES}")
         self.drawing = Drawing(temperature, top_k, top_p)
         self.tables = tables()
         self.program = Program(model, single=batch_size < _MANY)

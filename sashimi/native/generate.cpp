@@ -1,4 +1,4 @@
-// The samples of a SaShiMi model, one after another, on one CPU core: what sashimi/native.py compiles and calls.
+// The samples of a SaShiMi model, one after another, on one CPU core: what library.py compiles and engine.py calls.
 //
 // A program of operations per phase of the pooling period runs on one memory of `units`, each a vector of W numbers of
 // type T. With many clips a unit is one feature of W clips; with a single clip it is W features (the last ones padded

@@ -4,14 +4,16 @@ import ctypes
 import functools
 import hashlib
 import math
-import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
+
+from sashimi.atomic import write_file
 
 _SOURCE = Path(__file__).with_name("generate.cpp")
 # Sums may be taken in any order, so that they can be vectors; NaN and infinity stay what they are.
@@ -32,7 +34,7 @@ class Drawing(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """native.cpp for this CPU, compiled at its first use and kept in ~/.cache/sashimi. Raises Unavailable."""
+    """generate.cpp for this CPU, compiled at its first use and kept in ~/.cache/sashimi. Raises Unavailable."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise Unavailable("there is no C++ compiler")
@@ -40,18 +42,21 @@ def library() -> ctypes.CDLL:
         about = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
         key = hashlib.sha256(b"\0".join((_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), about, _cpu()))).hexdigest()
         target = Path.home() / ".cache" / "sashimi" / f"native-{key[:16]}.so"
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                made = Path(folder) / target.name
-                command = [compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(made)]
-                subprocess.run(command, capture_output=True, check=True, text=True)
-                os.replace(made, target)  # whole or absent, for processes that start together
-        return ctypes.CDLL(str(target))
+        with suppress(OSError):
+            return ctypes.CDLL(str(target))
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / target.name
+            command = [compiler, *_FLAGS, "-shared", "-fPIC", str(_SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, check=True, text=True)
+            loaded = ctypes.CDLL(str(made))
+            with suppress(OSError):  # where there is no room for it, it is compiled each time
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_file(target, made.read_bytes())
+        return loaded
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{compiler} failed: {(error.stderr or 'it gave no reason').splitlines()[0]}") from error
     except (OSError, RuntimeError) as error:
-        raise Unavailable(f"it cannot be compiled: {error}") from error
+        raise Unavailable(f"it cannot be compiled or loaded: {error}") from error
 
 
 def _cpu() -> bytes:

@@ -22,6 +22,7 @@ from sashimi.s4 import S4State
 BYTES = 64
 EMBED, NORM, STATE_SPACE, LINEAR, GLU, ADD, COPY, END = range(8)
 GELU, RESIDUAL = 1, 2  # flags of LINEAR
+TILE = {True: 4, False: 8}  # by whether it is for a single clip
 
 
 class _Slots(NamedTuple):
@@ -50,7 +51,7 @@ class Program:
     def __init__(self, model: Sashimi, single: bool) -> None:
         self.dtype = np.dtype(str(model.head.weight.dtype).removeprefix("torch."))
         self.single, self.width = single, BYTES // self.dtype.itemsize
-        self.tile = 4 if single else 8
+        self.tile = TILE[single]
         self.size = 0  # of the memory, in vectors
         self.n_params = 0
         self.parts: list[np.ndarray] = []
