@@ -103,6 +103,17 @@ def test_names_and_links_that_cannot_be_read(tmp_path: Path) -> None:
     assert sources[0].path.exists()
 
 
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    """Each way to a file counts once. Mutations: no `followlinks`; no `above` (the walk has no end)."""
+    touch(tmp_path, "elsewhere/a.wav", "elsewhere/deep/b.wav", "audio/c.wav")
+    (tmp_path / "audio/link").symlink_to("../elsewhere")
+    (tmp_path / "audio/self").symlink_to(".")
+    (tmp_path / "elsewhere/deep/back").symlink_to("../../audio")
+    (tmp_path / "elsewhere/deep/up").symlink_to("..")
+    sources = find_sources(SourceConfig(str(tmp_path / "audio"), fractions=(100, 0, 0)))
+    assert [source.name for source in sources] == ["c.wav", "link/a.wav", "link/deep/b.wav"]
+
+
 def test_a_folder_that_cannot_be_opened_is_named(shut_folder: Path) -> None:
     """Rather than go without what is in it. Mutation: no `onerror`."""
     touch(shut_folder.parent, "open/a.wav", "shut/b.wav")

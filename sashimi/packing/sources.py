@@ -110,13 +110,20 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 def _search(root: Path) -> dict[str, Path]:
     """Audio files below a folder, by name within it; hidden files (such as the ._x.wav of macOS) are not audio.
 
-    A link that leads nowhere is one that cannot be read, and shall be reported. Names that are not UTF-8 are escaped.
+    Links are followed, but not to a folder that they lie in. One that leads nowhere is a file that cannot be read, and
+    shall be reported. Names that are not UTF-8 are escaped.
     """
 
     def stop(error: OSError) -> None:
         raise error  # what is in a folder that cannot be opened would be missing, and nobody would know
 
-    paths = [Path(folder) / name for folder, _, names in os.walk(root, onerror=stop) for name in names]
+    paths: list[Path] = []
+    above = {str(root): {os.path.realpath(root)}}  # of each folder on the way: itself and those that it lies in
+    for folder, inner, names in os.walk(root, onerror=stop, followlinks=True):
+        paths += [Path(folder) / name for name in names]
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
+        inner[:] = [name for name in inner if real[name] not in above[folder]]
+        above |= {os.path.join(folder, name): above[folder] | {real[name]} for name in inner}
     return {
         os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace"): path
         for path in paths
