@@ -158,10 +158,13 @@ class RemoteFile(NamedTuple):
         A reply may have been garbled. A cached shard is verified, and if it is damaged it is deleted.
         """
         path = self._path()
-        if path is None or not path.is_file():
+        if path is None:
             return True
-        with path.open("rb") as file:
-            whole = hashlib.file_digest(file, "sha256").hexdigest() == self.entry.sha256
+        try:
+            with path.open("rb") as file:
+                whole = hashlib.file_digest(file, "sha256").hexdigest() == self.entry.sha256
+        except FileNotFoundError:  # another process has found it damaged
+            return True
         if not whole:
             path.unlink(missing_ok=True)
         return not whole
@@ -281,7 +284,7 @@ def _node_folder() -> Path:
 @contextmanager
 def _locked(place: Path, key: str) -> Iterator[None]:
     """Within: no other process of this node is within, for the same key. InputError after `LOCK_SECONDS` of waiting."""
-    path = place / f"{key[:2]}.lock"  # few files: that two keys now and then share one does no harm
+    path = place / f"{key}.lock"
     deadline = time.monotonic() + LOCK_SECONDS
     with path.open("w") as file:
         while True:
