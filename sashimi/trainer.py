@@ -6,8 +6,8 @@ micro-batches and their masks, so W ranks train as one process does.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from sashimi.loss import bits_per_sample, nll
 from sashimi.model_folder import best_step, load_weights
 from sashimi.optim import (
     OptimConfig,
-    Plateau,
     build_ema,
     build_optimizer,
     lr_factor,
@@ -45,36 +44,13 @@ from sashimi.optim import (
     restore_optimizer,
     set_learning_rates,
 )
+from sashimi.run_state import RunState, check_state
 from sashimi.stream import Batch, TrainingData
 from sashimi.tracking import Tracker
 from sashimi.zero import Zero
 
 _UNREADABLE = "restore the shards and go on with --resume auto"
 _DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
-_OTHER_STATE = "not what this version saves; start another run from its weights with --init-from and a new --name"
-_STATE = {  # what state.json says of a RunState, of which types; whole numbers from 0
-    **dict.fromkeys(("position", "skipped", "bad", "plateau.bad"), (int,)),
-    "best_step": (int, type(None)),
-    **dict.fromkeys(("best_bits", "plateau.best"), (int, float, type(None))),
-    "plateau.factor": (int, float),
-}
-_STATE_BESIDE = {
-    "ema_updates": (int,),
-    "loss_scale": (dict,),
-    "data": (str,),
-    "world_size": (int,),
-}  # and what else a resumed run needs
-
-
-def _check_state(state: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
-    """InputError naming the first field that is missing or cannot be."""
-    plateau = state.get("plateau")
-    inner = plateau if isinstance(plateau, dict) else {}
-    fields = {**state, **{f"plateau.{name}": value for name, value in inner.items()}}
-    for name, kinds in types.items():
-        value = fields.get(name, "missing")
-        if type(value) not in kinds or (isinstance(value, int) and not 0 <= value < 1 << 63):
-            raise InputError(f"the checkpoint's state.json: {name}={value}: {_OTHER_STATE}")
 
 
 @dataclass(frozen=True)
@@ -110,30 +86,6 @@ class TrainConfig:
             raise InputError(f"train.micro_batch={self.micro_batch}: must be 0 (batch_size / world size) or more")
         if not 0 < self.timeout_minutes <= 7 * 24 * 60:
             raise InputError(f"train.timeout_minutes={self.timeout_minutes}: must be above 0 and at most a week, 10080")
-
-
-@dataclass(frozen=True)
-class RunState:
-    """Where a run is; with weights and optimizer state, all that its future depends on."""
-
-    step: int = 0
-    position: int = 0  # segments consumed
-    plateau: Plateau = field(default_factory=Plateau)
-    best_step: int | None = None
-    best_bits: float | None = None
-    skipped: int = 0  # steps without an update, so far
-    bad: int = 0  # of these, the latest in a row
-
-    def to_json(self) -> dict[str, Any]:
-        """What a checkpoint's state.json keeps, beside its step."""
-        return {**asdict(self), "plateau": self.plateau._asdict()}
-
-    @staticmethod
-    def from_json(step: int, state: dict[str, Any]) -> "RunState":
-        """The inverse of `to_json`. InputError naming the first field that is missing or cannot be."""
-        _check_state(state, _STATE)
-        known = {name: state[name] for name in ("position", "best_step", "best_bits", "skipped", "bad")}
-        return RunState(step=step, plateau=Plateau(*map(state["plateau"].get, Plateau._fields)), **known)
 
 
 class Objective(nn.Module):
@@ -186,7 +138,7 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as if the run had never stopped. InputError if the shards hold other audio."""
-        _check_state(checkpoint.state, _STATE_BESIDE)
+        check_state(checkpoint.state)
         state = RunState.from_json(checkpoint.step, checkpoint.state)
         if checkpoint.state["data"] != self.data.fingerprint:
             raise InputError(

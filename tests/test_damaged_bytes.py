@@ -22,9 +22,9 @@ from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.model_folder import load_model, read_audio_config, save_model
 from sashimi.packing.sources import SourceConfig, find_sources
+from sashimi.run_state import RunState
 from sashimi.shard_writer import write_split
 from sashimi.shards import DamagedMember, open_split
-from sashimi.trainer import RunState
 
 RATE = 8000
 MODEL = ModelConfig(d_model=4, n_layers=1, pool=(2,), d_state=4)

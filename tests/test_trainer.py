@@ -20,10 +20,11 @@ from sashimi.loss import nll
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.model_folder import load_model
 from sashimi.optim import OptimConfig, Plateau
+from sashimi.run_state import RunState
 from sashimi.sampler import generate
 from sashimi.stream import AudioConfig, Batch, DataConfig, TrainingData
 from sashimi.tracking import Tracker
-from sashimi.trainer import Objective, RunState, TrainConfig, Trainer, evaluate
+from sashimi.trainer import Objective, TrainConfig, Trainer, evaluate
 
 Train = Callable[..., list[dict]]
 
