@@ -149,6 +149,7 @@ def powerless(shut: Path) -> Iterator[None]:
 def command(script: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a script of the project as `python SCRIPT ARGV` would, in this process. SystemExit is passed on."""
     monkeypatch.setattr(sys, "argv", [script, *argv])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 

@@ -1,0 +1,56 @@
+"""Reading, decoding and quantizing audio, beside a plain WebDataset pipeline on the same shards."""
+
+import io
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+
+from benchmarks.floors import seconds
+from benchmarks.settings import Settings
+from sashimi.audio import AudioConfig, Quantizer
+from sashimi.errors import InputError
+from sashimi.shard_writer import write_split
+from sashimi.shards import open_split
+from sashimi.stream import DataConfig, train_batches
+
+
+@dataclass(frozen=True)
+class StreamSettings(Settings):
+    """The segments' length."""
+
+
+def bench_stream(config: StreamSettings, device: torch.device) -> dict[str, float]:
+    """Decoded and quantized samples a second in this process, and of a plain WebDataset pipeline on the same shards."""
+    try:
+        import webdataset
+    except ImportError:
+        raise InputError("part=stream: compares with webdataset, which is not here: pip install webdataset") from None
+    rng = np.random.default_rng(0)
+    walk = {f"{i}": (rng.normal(0, 500, 20 * 16000).cumsum() % 20000 - 10000).astype(np.int16) for i in range(30)}
+    data = DataConfig(segment=config.length, workers=0)
+    with tempfile.TemporaryDirectory() as folder:
+        write_split(Path(folder), "train", walk, 16000)
+        split = open_split(folder, "train")
+        batches = train_batches(split, replace(data, shards=folder), AudioConfig(16000), 0, 0, 16, None)
+        shards = [f"{folder}/{name}" for name in split.shard_names]
+        quantizer = Quantizer(AudioConfig(16000))
+
+        def ours() -> None:
+            for _ in range(20):
+                next(batches)
+
+        def plain() -> None:
+            for sample in webdataset.WebDataset(shards, shardshuffle=False):
+                sound, _ = sf.read(io.BytesIO(sample["flac"]), dtype="float32")
+                for segment in torch.from_numpy(sound).split(config.length):
+                    quantizer.encode(segment)
+
+        taken, other = seconds(config.repetitions, ours, plain)
+    return {
+        "samples_per_s": 20 * 16 * config.length / taken,
+        "webdataset_samples_per_s": 30 * 20 * 16000 / other,
+    }
