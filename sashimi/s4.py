@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sashimi import ssm
+from sashimi import carry, ssm
 
 
 class S4State(NamedTuple):
-    """The recurrent state, with the discretized system it belongs to (as of `init_state`)."""
+    """The recurrent state, with the discretized system (as of `init_state`) by which `step` goes on from it."""
 
     x: Tensor  # (B, H, N)
     recurrence: ssm.Recurrence
@@ -93,14 +93,17 @@ class S4(nn.Module):
         return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)
 
     def forward(self, u: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
-        """u: (B, L, H) -> y (B, L, H) in u's dtype, and the state after the last sample if one was given."""
+        """u: (B, L, H) -> y (B, L, H) in u's dtype, and the state after the last sample if one was given.
+
+        The system is that of the parameters now, not of the state, which is taken and returned without a gradient.
+        """
         with torch.autocast(u.device.type, enabled=False):
             u32 = u.to(self.D.dtype).mT
             if state is None:
                 y = ssm.causal_convolution(u32, self.kernel(u.shape[1]))
             else:
-                r = state.recurrence
-                y, x = ssm.scan(r.dense(), r.B, r.C, u32, state.x)
+                r = self.recurrence()
+                y, x = carry.recur(r.dense(), r.B, r.C, u32, state.x)
                 state = state._replace(x=x)
             y = y + self.D[:, None] * u32
         return y.mT.to(u.dtype), state

@@ -233,38 +233,6 @@ def scan_reference(A: Tensor, B: Tensor, C: Tensor, u: Tensor, x: Tensor) -> tup
     return torch.stack(outputs, dim=-1), x
 
 
-def scan(A: Tensor, B: Tensor, C: Tensor, u: Tensor, x: Tensor, chunk: int = 64) -> tuple[Tensor, Tensor]:
-    """The recurrence from state x over any length, in chunks of `chunk` (a power of two) samples: linear time.
-
-    y_l = (K ∗ u)_l + C A^{l+1} x within a chunk, and the next x = A^chunk x + Σ_l A^{chunk−1−l} B u_l.
-    u: (B, H, L), x: (B, H, N) -> y (B, H, L), last x (B, H, N).
-    """
-    length = u.shape[-1]
-    whole = length - length % chunk
-    cols, A_chunk = krylov_block(A, B, chunk)  # A^l B: (H, N, chunk)
-    rows, _ = krylov_block(A.mT, (C.unsqueeze(-2) @ A).squeeze(-2), chunk)  # (C A^{l+1})ᵀ: (H, N, chunk)
-    kernel = (C.unsqueeze(-2) @ cols).squeeze(-2)  # (H, chunk)
-    outputs = []
-    if whole:
-        blocks = u[..., :whole].unflatten(-1, (-1, chunk)).transpose(1, 2)  # (B, chunks, H, chunk)
-        drive = torch.einsum("bcht,hnt->bchn", blocks, cols.flip(-1))
-        states = []
-        for driven in drive.unbind(1):
-            states.append(x)
-            x = torch.einsum("hmn,bhn->bhm", A_chunk, x) + driven
-        y = causal_convolution(blocks, kernel)
-        y = y + torch.einsum("bchn,hnt->bcht", torch.stack(states, dim=1), rows)
-        outputs.append(y.transpose(1, 2).flatten(-2))
-    rest = length - whole
-    if rest:
-        tail = u[..., whole:]
-        y = causal_convolution(tail, kernel[:, :rest]) + torch.einsum("bhn,hnt->bht", x, rows[..., :rest])
-        x = torch.einsum("hmn,bhn->bhm", torch.linalg.matrix_power(A, rest), x)
-        x = x + torch.einsum("bht,hnt->bhn", tail, cols[..., :rest].flip(-1))
-        outputs.append(y)
-    return torch.cat(outputs, dim=-1), x
-
-
 def softplus_inverse(y: Tensor) -> Tensor:
     """x with softplus(x) = y > 0."""
     return y + torch.log(-torch.expm1(-y))
