@@ -4,9 +4,12 @@ Training reads one endless sequence of segments, epoch after epoch, each epoch a
 them. Position p belongs to epoch p // n_segments, and which segment it holds is computed, never stored: a
 keyed bijection in place of a shuffled list. So to resume at any position is to start counting there, and
 ranks share the order by sharing its seed.
+
+Where state is carried, a row of the batch plays some consecutive segments, a passage, before another one: `played_at`.
 """
 
 from math import isqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,7 +20,8 @@ UInt64s = NDArray[np.uint64]
 Int64s = NDArray[np.int64]
 
 ROUNDS = 12  # at 8, who follows whom is still visibly uneven over 100,000 epochs of 16 segments; at 12 not
-SHUFFLE, CROP = 0, 1  # keep the draws for the order and for the crops apart under one seed
+SHUFFLE, CROP, RING = 0, 1, 2  # keep the draws for the order, the crops and the passages apart under one seed
+FILLER = -1  # segment id of a row that is there only so that all ranks have equal batches
 
 
 def segment_at(positions: ArrayLike, n_segments: int, seed: int) -> Int64s:
@@ -40,6 +44,43 @@ def segment_at(positions: ArrayLike, n_segments: int, seed: int) -> Int64s:
         ids[outside] = _feistel(ids[outside], keys[outside], side)
         outside = outside[ids[outside] >= n_segments]
     return ids.reshape(positions.shape)
+
+
+class Played(NamedTuple):
+    """What is played at some positions: three arrays of their shape."""
+
+    ids: Int64s
+    """Segments; FILLER where a passage that is one segment shorter than others has ended."""
+    epochs: Int64s
+    begins: NDArray[np.bool_]
+    """Whether a passage begins."""
+
+
+def passages(n_segments: int, carry: int) -> tuple[int, int]:
+    """Into how many passages of at most `carry` segments an epoch is cut, and how long the longest are.
+
+    They are of equal length, or of two lengths that differ by one.
+    """
+    count = -(-n_segments // carry)
+    return count, -(-n_segments // count)
+
+
+def played_at(positions: ArrayLike, n_segments: int, seed: int, carry: int, batch_size: int) -> Played:
+    """`segment_at` where each row of a batch of `batch_size` plays passages of up to `carry` consecutive segments.
+
+    All rows begin a passage in the same step. The passages come in the order that `segment_at` gives them, the rows
+    taking them in turn. In each epoch the segments, as a ring in their own order, are cut into `passages` anew, from a
+    segment drawn from (seed, epoch) on; so each is played once, and after varying numbers of others.
+    """
+    positions = np.asarray(positions, dtype=np.int64)
+    count, length = passages(n_segments, carry)
+    steps, rows = np.divmod(positions, batch_size)
+    slots, steps = steps // length * batch_size + rows, steps % length
+    passage, epochs = segment_at(slots, count, seed), epoch_of(slots, count)
+    first, last = (n_segments // count * p + np.minimum(p, n_segments % count) for p in (passage, passage + 1))
+    turn = (keyed_hash(seed, RING, epochs) % np.uint64(n_segments)).astype(np.int64).reshape(positions.shape)
+    ids = np.where(first + steps < last, (turn + first + steps) % n_segments, FILLER)
+    return Played(ids, epochs, steps == 0)
 
 
 def epoch_of(positions: ArrayLike, n_segments: int) -> Int64s:

@@ -7,30 +7,35 @@ part of every global batch, so the loader must not be handed to `Accelerator.pre
 """
 
 import hashlib
+import heapq
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
 from sashimi.order import (
+    FILLER,
     Int64s,
     accumulation_steps,
     crop_offset,
     epoch_of,
+    passages,
+    played_at,
     rank_positions,
     segment_at,
 )
 from sashimi.shards import DamagedMember, Split, open_split
 
 INT16_FULL_SCALE = 32768.0
-FILLER = -1  # segment id of a row that is there only so that all ranks have equal batches
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,10 @@ class DataConfig:
     silence that is not scored; `drop` leaves it out. A recording shorter than one segment is padded either way."""
     crop: bool = False
     """In training, shift each recording's segments by a random number of samples, drawn anew every epoch."""
+    carry: int = 0
+    """Carry the model's state over this many consecutive segments, 2 or more: each row of a batch plays as many before
+    it goes elsewhere, the gradient ending at each segment's beginning, and evaluation plays recordings as a whole. 0:
+    each segment is played by itself."""
     workers: int = 2
     """Background processes that read and quantize, for each rank; 0 reads in the training process."""
     prefetch: int = 4
@@ -66,6 +75,8 @@ class DataConfig:
             raise InputError(f"data.segment={self.segment}: give 1 to 2^31 samples, e.g. 16000")
         if self.tail not in ("drop", "pad"):
             raise InputError(f"data.tail={self.tail!r}: choose drop or pad")
+        if not (self.carry == 0 or 2 <= self.carry <= 1 << 20):
+            raise InputError(f"data.carry={self.carry}: give 2 to {1 << 20} segments, or 0 to carry nothing")
         if not 0 <= self.workers <= 256:
             raise InputError(f"data.workers={self.workers}: give 0 to 256 processes")
         if not 1 <= self.prefetch <= 1000:
@@ -85,6 +96,8 @@ class Batch(NamedTuple):
     """(B, L) bool: the samples to be scored. False in padding, damaged segments and filler rows."""
     segment_ids: Tensor
     """(B,) int64; FILLER in filler rows."""
+    resets: Tensor
+    """(B,) bool: False where a row goes on from its segment in the batch before; True if nothing is carried."""
     faults: tuple[str, ...]
     """A line for each segment that could not be decoded: shard, member, reason, segment."""
 
@@ -151,7 +164,27 @@ class Grid:
         slack = rest if self.data.tail == "drop" else np.maximum(rest - 1, 0)
         slack = np.where(lengths < self.data.segment, 0, slack)
         starts = cuts.starts + crop_offset(seed, epochs, cuts.recordings, slack)
-        return Cuts(cuts.recordings, starts, np.minimum(self.data.segment, lengths - starts))
+        samples = np.minimum(self.data.segment, lengths - starts)
+        return Cuts(cuts.recordings, starts, np.where(cuts.samples, samples, 0))
+
+    def lanes(self, rows: int, rank: int, world_size: int) -> Int64s:
+        """Segments that a rank's rows play one after another, whole recordings: ids (steps, up to `rows`), then FILLER.
+
+        Recordings, the longest first, go to the row of any rank that has least to do so far.
+        """
+        to_do = [(0, lane) for lane in range(rows * world_size)]  # a heap: segments, row · world_size + rank
+        own: dict[int, list[Int64s]] = {lane: [] for lane in range(rank, len(to_do), world_size)}
+        for recording in np.argsort(-np.diff(self.first), kind="stable"):
+            ids = np.arange(*self.first[recording : recording + 2])
+            segments, lane = to_do[0]
+            heapq.heapreplace(to_do, (segments + len(ids), lane))
+            if lane in own:
+                own[lane].append(ids)
+        played = [np.concatenate(recordings) for recordings in own.values() if recordings]
+        plan = np.full((max(to_do)[0], max(1, len(played))), FILLER)
+        for row, ids in enumerate(played):
+            plan[: len(ids), row] = ids
+        return plan
 
 
 class Segments(Dataset[Batch]):
@@ -165,7 +198,10 @@ class Segments(Dataset[Batch]):
     than `audio`.
     """
 
-    def __init__(self, split: Split, data: DataConfig, audio: AudioConfig, seed: int | None) -> None:
+    def __init__(
+        self, split: Split, data: DataConfig, audio: AudioConfig, seed: int | None, batch_size: int = 1
+    ) -> None:
+        """`batch_size`, of all ranks, is a part of the order where state is carried."""
         if split.sample_rate != audio.sample_rate:
             raise InputError(
                 f"audio.sample_rate={audio.sample_rate}: {split.folder} was packed at {split.sample_rate} Hz; "
@@ -173,12 +209,12 @@ class Segments(Dataset[Batch]):
             )
         self.split = split
         self.data = data
-        self.seed = seed
+        self.seed, self.batch_size = seed, batch_size
         self.grid = Grid(split.recording_samples, data)
         self.quantizer = Quantizer(audio)
 
     def __getitem__(self, positions: Int64s) -> Batch:
-        ids, cuts = self._locate(positions)
+        ids, cuts, begins = self._locate(positions)
         rows, L = len(ids), self.data.segment
         levels = torch.full((rows, 1 + L), self.quantizer.silence)  # one level of silence before each segment
         mask = torch.zeros(rows, L, dtype=torch.bool)
@@ -194,16 +230,23 @@ class Segments(Dataset[Batch]):
             levels[row, 1 : 1 + samples] = self.quantizer.encode(torch.from_numpy(audio) / INT16_FULL_SCALE)
             mask[row, :samples] = True
         inputs, targets = levels[:, :-1].contiguous(), levels[:, 1:].contiguous()
-        return Batch(inputs, targets, mask, torch.from_numpy(ids), tuple(faults))
+        resets = torch.from_numpy(begins | (ids == self.grid.first[cuts.recordings]))
+        return Batch(inputs, targets, mask, torch.from_numpy(ids), resets, tuple(faults))
 
-    def _locate(self, positions: Int64s) -> tuple[Int64s, Cuts]:
+    def _locate(self, positions: Int64s) -> tuple[Int64s, Cuts, NDArray[np.bool_]]:
+        """Segments, where they lie, and whether they begin a passage; recordings begin one in any case."""
+        n, carry = self.grid.n_segments, self.data.carry
         if self.seed is None:
-            return positions, self.grid.cut(positions)
-        ids = segment_at(positions, self.grid.n_segments, self.seed)
+            return positions, self.grid.cut(positions), np.full(positions.shape, carry == 0)
+        if carry:
+            ids, epochs, begins = played_at(positions, n, self.seed, carry, self.batch_size)
+        else:
+            ids, epochs = segment_at(positions, n, self.seed), epoch_of(positions, n)
+            begins = np.full(ids.shape, True)
         cuts = self.grid.cut(ids)
         if self.data.crop:
-            cuts = self.grid.crop(cuts, self.seed, epoch_of(positions, self.grid.n_segments))
-        return ids, cuts
+            cuts = self.grid.crop(cuts, self.seed, epochs)
+        return ids, cuts, begins
 
 
 def train_batches(
@@ -231,7 +274,7 @@ def train_batches(
             yield from rank_positions(start, micro_batch, accumulation, place.rank, place.world_size)
             start += batch_size
 
-    return iter(_loader(Segments(split, data, audio, seed), positions(), place))
+    return iter(_loader(Segments(split, data, audio, seed, batch_size), positions(), place))
 
 
 def eval_batches(
@@ -243,13 +286,15 @@ def eval_batches(
 ) -> DataLoader[Batch]:
     """Each segment of the split once over all ranks, in batches of `batch_size` rows a rank.
 
-    Segment ids are dealt to the ranks in turn. Every rank has the same number of batches, `len` of the result;
-    where segments run out, rows are filler. It may be iterated again, by the same workers. Raises InputError if
-    batch_size is not positive.
+    Segment ids are dealt to the ranks in turn; with `data.carry`, whole recordings to their rows. Every rank has the
+    same number of batches, `len` of the result; where segments run out, rows are filler. It may be iterated again, by
+    the same workers. Raises InputError if batch_size is not positive.
     """
     if not 1 <= batch_size <= 1 << 20:
         raise InputError(f"batch_size={batch_size}: give 1 to {1 << 20} segments a rank")
     segments = Segments(split, data, audio, seed=None)
+    if data.carry:
+        return _loader(segments, segments.grid.lanes(batch_size, place.rank, place.world_size), place)
     n_batches = -(-segments.grid.n_segments // (place.world_size * batch_size))
     ids = np.arange(n_batches * batch_size, dtype=np.int64) * place.world_size + place.rank
     ids[ids >= segments.grid.n_segments] = FILLER
@@ -270,13 +315,15 @@ class TrainingData:
     ) -> None:
         """`batch_size` is global, `micro_batch` a rank's rows at once (0: all of its rows). See `train_batches`.
 
-        `fingerprint` tells the content of both splits, wherever they lie.
+        `segments_per_epoch` are the positions of an epoch: with `data.carry` a few of them are filler. `fingerprint`
+        tells the content of both splits, wherever they lie.
         """
         self.data, self.audio, self.seed, self.batch_size, self.place = data, audio, seed, batch_size, place
         self.accumulation = accumulation_steps(batch_size, micro_batch, place.world_size)
         self.micro_batch = batch_size // (place.world_size * self.accumulation)
         self.train = open_split(data.shards, "train", data.cache)
-        self.segments_per_epoch = n_segments(self.train, data)
+        n = n_segments(self.train, data)
+        self.segments_per_epoch = math.prod(passages(n, data.carry)) if data.carry else n
         valid = open_split(data.shards, "valid", data.cache)
         checksums = json.dumps([self.train.checksums, valid.checksums])
         self.fingerprint = hashlib.sha256(checksums.encode()).hexdigest()
@@ -293,7 +340,7 @@ class TrainingData:
 
 
 def n_segments(split: Split, data: DataConfig) -> int:
-    """Segments of a split: the length of an epoch."""
+    """Segments of a split, each of which is in an epoch once."""
     return Grid(split.recording_samples, data).n_segments
 
 

@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 
 from sashimi.errors import InputError
 from sashimi.order import (
+    FILLER,
+    Played,
     accumulation_steps,
     crop_offset,
     epoch_of,
     keyed_hash,
+    passages,
+    played_at,
     rank_positions,
     segment_at,
 )
@@ -204,3 +208,77 @@ def test_a_refusal_names_values_that_are_valid(arguments: tuple[int, int, int], 
         accumulation_steps(*arguments)
     assert remedy in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ---- passages
+
+
+def played(n: int, carry: int, batch_size: int, n_epochs: int, seed: int = 4) -> Played:
+    """At all positions that hold the first epochs, as arrays (steps, rows)."""
+    count, length = passages(n, carry)
+    steps = -(-n_epochs * count // batch_size) * length
+    return played_at(np.arange(steps * batch_size).reshape(steps, batch_size), n, seed, carry, batch_size)
+
+
+SHAPES = [(1, 2, 3), (2, 2, 1), (10, 3, 1), (10, 3, 4), (23, 5, 8), (97, 2, 6), (100, 10, 3), (100, 7, 16), (7, 50, 2)]
+
+
+@pytest.mark.parametrize(("n", "carry", "batch_size"), SHAPES)
+def test_law_8_passages_hold_each_segment_once(n: int, carry: int, batch_size: int) -> None:
+    """And filler in at most one place of each. Mutation: in `played_at`, `min(p, n % count)` dropped; or `<=` last."""
+    at = played(n, carry, batch_size, n_epochs=3)
+    for epoch in range(3):
+        ids = at.ids[at.epochs == epoch]
+        assert np.array_equal(np.sort(ids[ids != FILLER]), np.arange(n))
+        assert np.sum(ids == FILLER) <= passages(n, carry)[0]
+        assert ids.size == np.prod(passages(n, carry))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    n=st.integers(1, 300),
+    carry=st.integers(2, 40),
+    batch_size=st.integers(1, 20),
+    start=st.integers(0, 2**40),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_rows_play_consecutive_segments(n: int, carry: int, batch_size: int, start: int, seed: int) -> None:
+    """From one step to the next a row goes on to the segment that follows, or begins a passage. No passage is longer
+    than `carry`, and none shorter by more than one than another.
+
+    Mutation: in `played_at`, `np.divmod(positions, batch_size)` of positions one further; or `% count` for `% length`.
+    """
+    count, length = passages(n, carry)
+    assert length <= carry
+    assert (count - 1) * carry < n <= count * length
+    at = played_at(
+        start * batch_size + np.arange(3 * length * batch_size).reshape(-1, batch_size), n, seed, carry, batch_size
+    )
+    before, after = at.ids[:-1], at.ids[1:]
+    assert np.all((after == (before + 1) % n) | at.begins[1:] | (after == FILLER))
+    assert not np.any(at.begins & (at.ids == FILLER))
+    assert not np.any((before == FILLER) & ~at.begins[1:])
+    assert np.all((at.epochs[1:] == at.epochs[:-1]) | at.begins[1:])
+    assert np.all(at.begins.sum(axis=0) == 3)
+
+
+def test_passages_are_cut_and_ordered_anew() -> None:
+    """In each epoch and with each seed they begin elsewhere, anywhere, and come in another order.
+
+    Mutations: in `played_at`, `turn` of epoch 0; or `passage` = `slots % count`.
+    """
+    n, carry = 50, 5
+    firsts = []
+    for seed in range(2):
+        at = played(n, carry, 1, n_epochs=1000, seed=seed)
+        firsts.append(at.ids[at.begins].reshape(1000, 10))
+        counts = np.bincount(firsts[-1].ravel(), minlength=n)
+        assert excess(counts, 200, n - 1) < 5
+        assert len({tuple(row) for row in ((firsts[-1] - firsts[-1][:, :1]) % n).tolist()}) > 950
+    assert np.mean(firsts[0] == firsts[1]) < 0.1
+
+
+def test_passages_never_change_between_versions() -> None:
+    """A run resumed by another version must go on in the same order. Mutation: RING = 3."""
+    at = played_at(np.arange(24).reshape(-1, 4), 10, 0, 3, 4)
+    assert at.ids.T.tolist() == [[2, 3, 4, 1, 2, -1], [9, 0, 1, 8, 9, 0], [7, 8, -1, 5, 6, 7], [5, 6, -1, 3, 4, -1]]

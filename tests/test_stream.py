@@ -58,7 +58,7 @@ def in_position_order(streams: list[Iterable[Batch]], n_micro_steps: int) -> Bat
     """The first `n_micro_steps` of all ranks as one Batch, its rows in the order of their positions."""
     micro_steps = zip(*(itertools.islice(stream, n_micro_steps) for stream in streams), strict=True)
     batches = list(itertools.chain.from_iterable(micro_steps))
-    tensors = (torch.cat(field) for field in zip(*(batch[:4] for batch in batches), strict=True))
+    tensors = (torch.cat(field) for field in zip(*(batch[:5] for batch in batches), strict=True))
     return Batch(*tensors, tuple(fault for batch in batches for fault in batch.faults))
 
 
@@ -74,7 +74,7 @@ def global_batches(
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
-    for name, x, y in zip(Batch._fields[:4], a, b, strict=False):
+    for name, x, y in zip(Batch._fields[:5], a, b, strict=False):
         assert torch.equal(x, y), name
     assert a.faults == b.faults
 
@@ -170,7 +170,7 @@ def test_law_8_crops_are_drawn_anew_for_each_epoch_and_recording(split: Split) -
     n = segments.grid.n_segments
     offsets: dict[int, set[int]] = {}
     for epoch in range(40):
-        _, cuts = segments._locate(np.arange(epoch * n, (epoch + 1) * n))
+        _, cuts, _ = segments._locate(np.arange(epoch * n, (epoch + 1) * n))
         for recording, start in zip(cuts.recordings, cuts.starts % L, strict=True):
             offsets.setdefault(int(recording), set()).add(int(start))
     rest = [length % L if length > L else 0 for length in LENGTHS]
@@ -191,7 +191,7 @@ def test_segments_are_the_signal_cut_from_the_source(
     sources = list(recordings.values())
     segments = Segments(split, data, AUDIO, SEED)
     batch = segments[np.arange(2 * n)]
-    _, cuts = segments._locate(np.arange(2 * n))
+    _, cuts, _ = segments._locate(np.arange(2 * n))
     crossing = 0
     for row in range(2 * n):
         recording, start, samples = (int(field[row]) for field in cuts)
@@ -269,7 +269,7 @@ def test_law_8_a_damaged_segment_is_masked_and_named_and_leaves_the_others_alone
     hit = ~holed.mask.any(dim=1)
     assert torch.all(holed.targets[hit] == 32768)
     assert set(holed.segment_ids[hit].tolist()) == {6, 7, 8}  # those that need the first 600 samples
-    for name, a, b in zip(Batch._fields[:4], whole, holed, strict=False):
+    for name, a, b in zip(Batch._fields[:5], whole, holed, strict=False):
         assert torch.equal(a[~hit], b[~hit]), name
     assert len(holed.faults) == 3
     fault = next(fault for fault in holed.faults if "segment 7" in fault)
@@ -343,3 +343,77 @@ def test_wrong_use_is_refused_by_name(split: Split) -> None:
         train_batches(split, DATA, AUDIO, SEED, 0, 5, None, Place(0, 2))
     with pytest.raises(InputError, match="batch_size=0: give 1 to"):
         eval_batches(split, DATA, AUDIO, 0)
+
+
+# ---- state carried from segment to segment
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 2), (2, 4), (2, 2), (4, 1)])
+@pytest.mark.parametrize("crop", [False, True])
+def test_law_7_ranks_play_the_same_passages(split: Split, world_size: int, micro_batch: int, crop: bool) -> None:
+    """And from any step on. Mutation: in `train_batches`, Segments without `batch_size`."""
+    data = replace(DATA, crop=crop, carry=3)
+    one = global_batches(split, data, position=16, batch_size=8, micro_batch=8, world_size=1, n=7)
+    assert_equal(one, global_batches(split, data, 16, 8, micro_batch, world_size, n=7))
+
+
+@pytest.mark.parametrize("tail", ["pad", "drop"])
+@pytest.mark.parametrize("crop", [False, True])
+def test_a_row_goes_on_where_it_was(split: Split, recordings: dict[str, np.ndarray], tail: str, crop: bool) -> None:
+    """Where a row does not reset, its samples follow in the recording on those of its batch before; it resets at a
+    recording's first segment and at the beginning of a passage. Each epoch scores what it does without passages.
+
+    Mutations: in `Segments`, `resets` without that of a recording; in `_locate`, epochs of 0; in `Grid.crop`, samples
+    of filler.
+    """
+    data = replace(DATA, tail=tail, crop=crop, carry=4)
+    steps, rows = 120, 3
+    segments = Segments(split, data, AUDIO, SEED, batch_size=rows)
+    positions = np.arange(steps * rows).reshape(steps, rows)
+    played = [segments[step] for step in positions]
+    _, cuts, begins = segments._locate(positions)
+    first, went_on = set(segments.grid.first.tolist()), 0
+    for step, row in itertools.product(range(1, steps), range(rows)):
+        batch, samples = played[step], int(cuts.samples[step, row])
+        segment, filler = int(batch.segment_ids[row]), samples == 0
+        assert bool(batch.resets[row]) == (bool(begins[step, row]) or segment in first)
+        assert filler == (segment == FILLER)
+        assert int(batch.mask[row].sum()) == samples
+        if not batch.resets[row] and not filler:
+            assert cuts.recordings[step, row] == cuts.recordings[step - 1, row]
+            assert cuts.starts[step, row] == cuts.starts[step - 1, row] + L
+            source = list(recordings.values())[cuts.recordings[step, row]].astype(np.int64) + 32768
+            start = cuts.starts[step, row]
+            both = torch.cat((played[step - 1].targets[row], batch.targets[row, :samples]))
+            assert torch.equal(both, torch.from_numpy(source[start - L : start + samples]))
+            went_on += 1
+    assert went_on > steps
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 4, 30])
+def test_law_8_evaluation_plays_recordings_as_a_whole(split: Split, world_size: int, rows: int) -> None:
+    """Each once on any number of ranks, from its beginning to its end in one row; all ranks have as many batches, no
+    more than the longest recording needs or an equal division makes.
+
+    Mutations: in `Grid.lanes`, `own` from rank 0; `argsort` of `np.diff(...)`; filler of segment 0.
+    """
+    data = replace(DATA, carry=2)
+    loaders = [eval_batches(split, data, AUDIO, rows, Place(rank, world_size)) for rank in range(world_size)]
+    starts_of = {0, *np.cumsum([1, 1, 4, 9, 1, 3, 1, 16, 3]).tolist()}
+    seen: list[int] = []
+    for loader in loaders:
+        batches = list(loader)
+        assert len(batches) == len(loader) == len(loaders[0])
+        ids, resets = (torch.stack([getattr(b, name) for b in batches]) for name in ("segment_ids", "resets"))
+        for row, starts in zip(ids.T.tolist(), resets.T.tolist(), strict=True):
+            played = [i for i in row if i != FILLER]
+            assert row[: len(played)] == played
+            for at, (segment, start) in enumerate(zip(row, starts, strict=True)):
+                assert start == (segment in starts_of)
+                assert start or segment == FILLER or segment == row[at - 1] + 1
+            seen += played
+    n = n_segments(split, data)
+    assert sorted(seen) == list(range(n))
+    longest = 16
+    assert longest <= len(loaders[0]) <= max(longest, -(-n // (rows * world_size)) + longest)
