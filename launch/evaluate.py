@@ -10,10 +10,11 @@ from sashimi.distributed import Distributed, run_command
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample
 from sashimi.model_folder import find_model_folder, load_model, read_audio_config, read_config
+from sashimi.objective import Objective
 from sashimi.parsing import build, parse
 from sashimi.shards import open_split
 from sashimi.stream import DataConfig, Place, eval_batches
-from sashimi.trainer import Objective, evaluate
+from sashimi.trainer import evaluate
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class EvaluateConfig:
     """train, valid or test."""
     segment: int = 0
     """Length of a segment in samples; 0: as in training."""
+    carry: bool | None = None
+    """Play each recording as a whole, the model's state carried over its segments; left out: as in training."""
     batch_size: int = 8
     """Segments at once and rank; does not change the result."""
     out: str | None = None
@@ -48,28 +51,25 @@ def main() -> None:
         raise InputError(f"{folder}: does not say what it was trained on; name the shards with --data")
     data = build(DataConfig, saved.get("data", {}), str(folder))
     segment, cache = config.segment or data.segment, config.cache or data.cache
-    data = replace(data, shards=config.data or data.shards, segment=segment, cache=cache)
+    carry = data.carry if config.carry is None else 2 * config.carry
+    data = replace(data, shards=config.data or data.shards, segment=segment, cache=cache, carry=carry)
     audio = read_audio_config(folder)
     split = open_split(data.shards, config.split, data.cache)
     place = Place(dist.rank, dist.world_size, dist.device.type == "cuda")
     batches = eval_batches(split, data, audio, config.batch_size, place)
-    model = load_model(folder, dist.device)
-    nats, count, faults = evaluate(Objective(model), batches, dist)
+    objective = Objective(load_model(folder, dist.device), carry > 0)
+    pool = objective.model.config.total_pool
+    if carry and segment % pool:
+        raise InputError(f"segment={segment}: with carry it must be a multiple of {pool}, the model's total pooling")
+    nats, count, faults = evaluate(objective, batches, dist, objective.beginning)
     if not math.isfinite(nats):
         raise InputError(f"{folder}: its output is not finite: its weights have diverged; take an earlier checkpoint")
     if not count:
         raise InputError(f"{data.shards}: not one segment of split {config.split} can be decoded; pack it again")
     if dist.is_main:
-        result = {
-            "bits_per_sample": bits_per_sample(nats, count),
-            "samples": count,
-            "undecodable": faults,
-            "model": str(folder),
-            "data": data.shards,
-            "split": config.split,
-            "segment": data.segment,
-        }
-        print(text := json.dumps(result, indent=2))
+        bits = {"bits_per_sample": bits_per_sample(nats, count), "samples": count, "undecodable": faults}
+        of = {"model": str(folder), "data": data.shards, "split": config.split, "segment": segment, "carry": carry > 0}
+        print(text := json.dumps(bits | of, indent=2))
         if config.out:
             Path(config.out).write_text(text + "\n")
     dist.close()

@@ -2,7 +2,8 @@
 
     runs/NAME/best.json                         {"step": ..., "valid/bits": ...}
     runs/NAME/checkpoints/step-00001000/        model.safetensors, ema.safetensors (if averaged), optimizer.safetensors,
-                                                config.json (the run's), state.json, manifest.json
+                                                carried.safetensors (with data.carry), config.json (the run's),
+                                                state.json, manifest.json
                                                 under ZeRO, zero-00000.pt, ... of each rank for optimizer.safetensors
 
 Each is a model folder, see `model_folder`. Nothing here is ever unpickled: zero.py alone reads the .pt files, of a run
@@ -36,6 +37,7 @@ class Checkpoint(NamedTuple):
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]  # see optim.optimizer_tensors; empty under ZeRO, where ranks have their parts
     ema: dict[str, Tensor] | None
+    carried: dict[str, Tensor]  # see objective.join_rows; empty if nothing is
     state: dict[str, Any]  # the trainer's: position, plateau, loss scale, ...
     config: dict[str, Any]  # the run's, with "model" and "audio"
 
@@ -52,6 +54,7 @@ def save_checkpoint(
     config: Mapping[str, Any],
     ema: Mapping[str, Tensor] | None = None,
     parts: Mapping[str, atomic.Entry] | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write `folder`/step-XXXXXXXX and return it. OSError (a full disk, say) leaves `folder` as it was.
 
@@ -65,6 +68,8 @@ def save_checkpoint(
             yield "ema.safetensors", to_safetensors(ema)
         if parts is None:
             yield "optimizer.safetensors", to_safetensors(optimizer)
+        if carried:
+            yield "carried.safetensors", to_safetensors(carried)
         yield "config.json", atomic.to_json(config)
         yield "state.json", atomic.to_json({**state, "step": step})
 
@@ -140,13 +145,14 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     named, step = re.fullmatch(r"step-(\d+)", folder.name), state.get("step")
     if type(step) is not int or step < 0 or (named and int(named[1]) != step):
         raise InputError(f"{folder / 'state.json'}: step={step}: not that of the folder's name; give it its name again")
-    ema = folder / "ema.safetensors"
+    ema, carried = folder / "ema.safetensors", folder / "carried.safetensors"
     return Checkpoint(
         folder=folder,
         step=state.pop("step"),
         model=read_safetensors(folder / "model.safetensors"),
         optimizer={} if state.get("zero_stage") else read_safetensors(folder / "optimizer.safetensors"),
         ema=read_safetensors(ema) if ema.exists() else None,
+        carried=read_safetensors(carried) if carried.exists() else {},
         state=state,
         config=atomic.read_json(folder / "config.json"),
     )

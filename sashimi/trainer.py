@@ -31,8 +31,9 @@ from sashimi.checkpoint import (
 )
 from sashimi.distributed import Distributed
 from sashimi.errors import InputError
-from sashimi.loss import bits_per_sample, nll
+from sashimi.loss import bits_per_sample
 from sashimi.model_folder import best_step, load_weights
+from sashimi.objective import Carried, Objective, Rows, divide_rows, join_rows
 from sashimi.optim import (
     OptimConfig,
     build_ema,
@@ -88,18 +89,6 @@ class TrainConfig:
             raise InputError(f"train.timeout_minutes={self.timeout_minutes}: must be above 0 and at most a week, 10080")
 
 
-class Objective(nn.Module):
-    """Model and loss as one module: what DDP wraps returns one number, not (B, L, V) logits made float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """The summed nats of the scored samples: inputs, targets (B, L) int64, mask (B, L) bool -> float64 scalar."""
-        return nll(self.model(inputs), targets, mask)[0]
-
-
 class Trainer:
     """One run on one rank. All ranks construct it alike and call `train` together."""
 
@@ -134,7 +123,10 @@ class Trainer:
         self.n_parameters = sum(p.numel() for p in self.parameters)
         self.ema = build_ema(model, optim.ema) if optim.ema else None
         self.raw_optimizer = build_optimizer(model.named_parameters(), optim)
-        self.objective, self.optimizer = dist.prepare(Objective(model), self.raw_optimizer)
+        objective = Objective(model, carry=data.data.carry > 0)
+        self.beginning = objective.beginning
+        self.rows = [Rows(self.beginning) for _ in range(data.accumulation)]
+        self.objective, self.optimizer = dist.prepare(objective, self.raw_optimizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as if the run had never stopped. InputError if the shards hold other audio."""
@@ -155,6 +147,11 @@ class Trainer:
             # A run that had no average so far starts one from its weights.
             restore_ema(self.ema, checkpoint.ema or checkpoint.model, checkpoint.state["ema_updates"])
         self.dist.loss_scale = checkpoint.state["loss_scale"]
+        if self.beginning:
+            division = (self.data.micro_batch, self.data.accumulation, self.dist.rank, self.dist.world_size)
+            parts = divide_rows(checkpoint.carried, self.beginning, *division)
+            for rows, part in zip(self.rows, parts, strict=True):
+                rows.carried = part
         self.state = state
 
     @property
@@ -169,6 +166,10 @@ class Trainer:
         """Write a checkpoint, all ranks together. False, and a message, if it could not be written."""
         dist, place = self.dist, (self.folder, self.state.step)
         with self.tracker.pause(), dist.whole_model(self.model) as model:
+            carried = {}
+            if self.beginning:
+                own = [tuple(t.cpu() for t in rows.carried) for rows in self.rows]
+                carried = join_rows(dist.gather(own), self.data.accumulation, dist.world_size)
             parts: dict[str, Entry] | None = None
             if isinstance(dist, Zero):
                 if self._on_all(lambda: begin_checkpoint(*place) if dist.is_main else None) is None:
@@ -180,7 +181,8 @@ class Trainer:
                     return False
                 parts = dict(written)
             weights = model.state_dict()
-            return self._on_all(lambda: self._write_checkpoint(weights, parts) if dist.is_main else None) is not None
+            content = (weights, parts, carried)
+            return self._on_all(lambda: self._write_checkpoint(*content) if dist.is_main else None) is not None
 
     def _on_all(self, write: Callable[[], Any]) -> list[Any] | None:
         """What each rank's `write` returned, in their order; None, and a message, if one of them could not write."""
@@ -195,7 +197,9 @@ class Trainer:
             return None
         return [result for result, _ in results]
 
-    def _write_checkpoint(self, weights: dict[str, Tensor], parts: dict[str, Entry] | None) -> None:
+    def _write_checkpoint(
+        self, weights: dict[str, Tensor], parts: dict[str, Entry] | None, carried: dict[str, Tensor]
+    ) -> None:
         now, run = self.state, self.folder.parent
         state = {
             **now.to_json(),
@@ -215,6 +219,7 @@ class Trainer:
             self.run_config,
             None if self.ema is None else self.ema.module.state_dict(),
             parts,
+            carried,
         )
         try:
             if now.best_step is not None and now.best_bits is not None and has_checkpoint(self.folder, now.best_step):
@@ -263,7 +268,7 @@ class Trainer:
                     return False
                 found = "; ".join(self.dist.gather(faults))
                 raise InputError(f"data.on_damage=fatal stopped after step {self.state.step}: {found}; {_UNREADABLE}")
-            unscored = 0 if count else unscored + 1
+            unscored = 0 if count or not n_faults else unscored + 1
             if unscored == self.config.max_bad_steps:
                 found = "; ".join(self.dist.gather(faults)[:1])
                 raise InputError(f"no segment of {unscored} steps could be decoded, such as {found}; {_UNREADABLE}")
@@ -316,7 +321,7 @@ class Trainer:
         own_nats = []
         for i, batch in enumerate(micro_batches):
             with self.dist.synchronize_when(i == len(micro_batches) - 1, self.objective):
-                nats = self.objective(*(t.to(self.dist.device, non_blocking=True) for t in batch[:3]))
+                nats = self.rows[i].play(self.objective, batch, self.dist.device)
                 self.dist.backward(nats / max(count, 1))
             own_nats.append(nats.detach())
         norm = self.dist.clip_gradients(self.parameters, self.optim.clip)
@@ -363,9 +368,11 @@ class Trainer:
 
     def validate(self) -> bool:
         """Evaluate, log, step the plateau. True if this is the best validation so far."""
-        objective = self.objective if self.ema is None or self.state.step == 0 else Objective(self.ema.module)
+        objective = self.objective
+        if self.ema is not None and self.state.step > 0:
+            objective = Objective(self.ema.module, bool(self.beginning))
         with self.tracker.pause():
-            nats, count, faults = evaluate(objective, self.data.valid_batches, self.dist)
+            nats, count, faults = evaluate(objective, self.data.valid_batches, self.dist, self.beginning)
         if self.dist.is_main and self.state.step == 0:
             for fault in faults:
                 self.tracker.note(f"validation goes without {fault}")
@@ -381,14 +388,20 @@ class Trainer:
 
 
 @torch.no_grad()
-def evaluate(objective: nn.Module, batches: Iterable[Batch], dist: Distributed) -> tuple[float, int, list[str]]:
-    """Summed nats, scored samples and undecodable segments of all ranks' batches: exact for any number of ranks."""
+def evaluate(
+    objective: nn.Module, batches: Iterable[Batch], dist: Distributed, beginning: Carried = ()
+) -> tuple[float, int, list[str]]:
+    """Summed nats, scored samples and undecodable segments of all ranks' batches: exact for any number of ranks.
+
+    `beginning`: the objective's own, if its model's state is to be carried from batch to batch.
+    """
     objective.eval()
     nats, count = 0.0, 0
     faults: list[str] = []
+    rows = Rows(beginning)
     for batch in batches:
         with dist.autocast():
-            nats += float(objective(*(t.to(dist.device, non_blocking=True) for t in batch[:3])))
+            nats += float(rows.play(objective, batch, dist.device))
         count += int(batch.mask.sum())
         faults += batch.faults
     nats, total = dist.sum(nats, count)

@@ -13,6 +13,7 @@ ARROWS: dict[str, set[str]] = {
     # mathematics
     "keops": set(),
     "ssm": {"keops"},
+    "carry": {"ssm"},
     "order": set(),
     "loss": set(),
     # files and folders, command lines
@@ -32,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "packing.report": {"packing.pack", "packing.verify", "shards"},
     "stream": {"audio", "order", "shards"},
     # the model
-    "s4": {"ssm"},
+    "s4": {"carry", "ssm"},
     "layers": {"s4"},
     "model": {"layers", "s4"},
     "foreign.legacy": {"layers", "model", "s4", "ssm"},
@@ -46,12 +47,14 @@ ARROWS: dict[str, set[str]] = {
     "distributed": set(),
     "zero": {"atomic", "distributed"},
     "run_state": {"optim"},
+    "objective": {"loss", "model", "order", "s4", "stream"},
     "trainer": {
         "atomic",
         "checkpoint",
         "distributed",
         "loss",
         "model_folder",
+        "objective",
         "optim",
         "run_state",
         "stream",

@@ -6,6 +6,7 @@ import random
 import subprocess
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,24 @@ def test_killed_resumed_on_other_ranks_killed_again(tiny_shards: Path, tmp_path:
     first_epoch = [i for step in steps[: n // BATCH] for i in step]
     assert len(set(first_epoch)) == len(first_epoch)
     assert set(range(n)) <= {i for step in steps[: n // BATCH + 1] for i in step}
+
+
+def test_carried_state_survives(tiny_shards: Path, tmp_path: Path, train: Callable[..., list[dict]]) -> None:
+    """Law 12 where rows carry state: killed in mid-passage on two ranks, and on one, a run ends on two with the losses
+    of one that was never interrupted. Each row of a rank's micro-batches finds what it had carried.
+
+    Mutations: in `Trainer.restore`, `division` of rank 0; in `join_rows`, no `order`.
+    """
+    carry = ["--data.carry", "5", "--train.steps", "14", "--train.batch_size", "8"]
+    whole = train("whole", *carry)
+    for attempt, (ranks, doom) in enumerate([(2, "step 13 1"), (1, "step 19 0"), (2, "")]):
+        argv = arguments(tmp_path / "runs", tiny_shards, "run", 0, "--train.micro_batch", "2", *carry)
+        process = start(ranks, [*argv, "--train.valid_every", "4"], tmp_path / "record", attempt, doom)
+        stderr = process.communicate(timeout=240)[1]
+        assert (process.returncode == 0) == (not doom), stderr
+    steps = {step for file in (tmp_path / "record").iterdir() for _, step, _ in map(json.loads, file.open())}
+    assert steps == set(range(1, 15))
+    assert_one_history(tmp_path / "runs/run", whole, rel=1e-5)
 
 
 def test_an_error_of_ours_ends_the_process(tiny_shards: Path, tmp_path: Path) -> None:

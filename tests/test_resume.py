@@ -23,11 +23,16 @@ Train = Callable[..., list[dict]]
 KEEP = ("--train.keep_last", "10")
 
 
-@pytest.mark.parametrize("extra", [(), ("--optim.ema", "0.9"), ("--model.dropout", "0.2", "--train.micro_batch", "2")])
+CARRY = ("--data.carry", "3", "--train.micro_batch", "2")
+
+
+@pytest.mark.parametrize(
+    "extra", [(), ("--optim.ema", "0.9"), ("--model.dropout", "0.2", "--train.micro_batch", "2"), CARRY]
+)
 def test_resume_is_no_interruption(train: Train, tmp_path: Path, extra: tuple[str, ...]) -> None:
     """Law 12: from the checkpoint of step 4, losses and weights are bit-equal to the run that went on.
 
-    Mutations: leave out `restore_optimizer`, `restore_ema`, or `torch.manual_seed`.
+    Mutations: leave out `restore_optimizer`, `restore_ema`, `torch.manual_seed`, or `rows.carried = part`.
     """
     unbroken = train("run", *KEEP, *extra)
     folder = tmp_path / "runs/run/checkpoints"
@@ -150,6 +155,7 @@ def test_retention(train: Train, tmp_path: Path) -> None:
         (("--model.d_model", "16"), "model.d_model=16: the checkpoint to resume from has 8"),
         (("--seed", "1"), "seed=1: the checkpoint to resume from has 0"),
         (("--data.segment", "256"), "data.segment=256: the checkpoint to resume from has 512"),
+        (("--data.carry", "4"), "data.carry=4: the checkpoint to resume from has 0"),
         (("--audio.quantizer", "linear"), "audio.quantizer=linear: the checkpoint to resume from has mu-law"),
     ],
 )
@@ -166,6 +172,20 @@ def test_what_may_not_change(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith(f"error: {message}")
     assert "--init-from" in error
+
+
+def test_rows_that_carry_state_may_not_change(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their number says which segments come next; without carried state it may. Mutation: drop the check of rows."""
+    train("run", "--train.steps", "3", "--data.carry", "2")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        train("run", "--train.batch_size", "2", "--data.carry", "2")
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: train.batch_size=2: with data.carry it may not change, and the checkpoint")
+    assert metrics(tmp_path / "runs/run")[-1]["step"] == 3
+    train("plain", "--train.steps", "3")
+    assert train("plain", "--train.batch_size", "2", "--train.steps", "4")[-1]["step"] == 4
 
 
 def test_shards_may_move_but_not_change(

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,14 @@ from sashimi.distributed import Distributed
 from sashimi.loss import nll
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.model_folder import load_model
+from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, Plateau
 from sashimi.run_state import RunState
 from sashimi.sampler import generate
-from sashimi.stream import AudioConfig, Batch, DataConfig, TrainingData
+from sashimi.shards import open_split
+from sashimi.stream import AudioConfig, Batch, DataConfig, Place, TrainingData, eval_batches
 from sashimi.tracking import Tracker
-from sashimi.trainer import Objective, TrainConfig, Trainer, evaluate
+from sashimi.trainer import TrainConfig, Trainer, evaluate
 
 Train = Callable[..., list[dict]]
 
@@ -33,9 +36,9 @@ Train = Callable[..., list[dict]]
 def trainer(tiny_shards: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """Makes a trainer over the tiny shards: micro-batches of `micro_batch` rows, 4 segments a step."""
 
-    def make(micro_batch: int = 4, ema: float = 0.0, **config: int) -> Trainer:
+    def make(micro_batch: int = 4, ema: float = 0.0, carry: int = 0, **config: int) -> Trainer:
         torch.manual_seed(0)
-        data = DataConfig(str(tiny_shards), segment=512, workers=0)
+        data = DataConfig(str(tiny_shards), segment=512, workers=0, carry=carry)
         settings = {"batch_size": 4, "micro_batch": micro_batch, "steps": 3, "save_every": 100} | config
         return Trainer(
             Distributed(),
@@ -365,3 +368,88 @@ def test_lost_shards_stop_the_run(trainer: Callable[..., Trainer], tiny_shards: 
         subject.train(Tracker(), lose)
     assert subject.state.step == 6
     assert subject.state.bad == 0
+
+
+# ---- state carried over segments
+
+
+def test_carried_state_is_each_micro_batchs_own(train: Train) -> None:
+    """Law 13 with carried state: losses, of training and validation, do not depend on how a batch is cut.
+
+    Mutation: in `Trainer.step`, `self.rows[0]` for every micro-batch.
+    """
+    whole = train("whole", "--data.carry", "3")
+    pieces = train("pieces", "--data.carry", "3", "--train.micro_batch", "1")
+    assert [bits for *_, bits in curve(pieces)] == pytest.approx([bits for *_, bits in curve(whole)], rel=1e-5)
+
+
+def test_training_goes_on_from_the_segment_before(trainer: Callable[..., Trainer]) -> None:
+    """A step's nats are those of its segments given all that its rows have played of their recordings.
+
+    Mutations: in `Rows.play`, `self.carried` stays `self.beginning`; in `Segments`, all rows reset.
+    """
+    subject = trainer(4, carry=4)
+    subject.optimizer.step = lambda: None
+    heard: list[dict[str, float]] = []
+    subject.tracker.step = lambda step, scalars, samples, position: heard.append(scalars)
+    batches, played = subject.data.batches(0), []
+    for _ in range(6):
+        played.append(next(batches))
+        subject.step(played[-1:], int(played[-1].mask.sum()))
+    lengths = []
+    for step, scalars in enumerate(heard):
+        nats = 0.0
+        for row in range(4):
+            since = max(s for s in range(step + 1) if played[s].resets[row])
+            inputs, targets, mask = (
+                torch.cat([getattr(batch, name)[row] for batch in played[since : step + 1]])
+                for name in ("inputs", "targets", "mask")
+            )
+            inputs[1:] = targets[:-1]
+            with torch.no_grad():
+                logits = subject.model(inputs[None])[:, -512:]
+            nats += float(nll(logits, targets[None, -512:], mask[None, -512:])[0])
+            lengths.append(step + 1 - since)
+        assert scalars["train/bits"] == pytest.approx(nats / float(played[step].mask.sum()) / np.log(2), rel=1e-5)
+    assert max(lengths) > 2
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_evaluation_is_of_whole_recordings(trainer: Callable[..., Trainer], ema: float) -> None:
+    """With state carried, the nats of recordings as wholes, to 1e-9 for any division among rows and ranks.
+
+    Mutations: in `evaluate`, Rows(()); in `Objective`, inputs as they are.
+    """
+    subject = trainer(4, carry=2, ema=ema)
+    subject.train(Tracker())
+    model = (subject.model if subject.ema is None else subject.ema.module).double().eval()
+    split, quantizer = open_split(subject.data.data.shards, "valid", None), Quantizer(AudioConfig(8000))
+    expected = 0.0
+    for recording, samples in enumerate(split.recording_samples.tolist()):
+        targets = quantizer.encode(torch.from_numpy(split.read(recording, 0, samples)) / 32768)[None]
+        inputs = torch.cat((torch.full((1, 1), 128), targets[:, :-1]), dim=1)
+        with torch.no_grad():
+            expected += float(nll(model(inputs), targets, torch.ones_like(targets, dtype=torch.bool))[0])
+    objective = Objective(model, carry=True)
+    for rows, world_size, segment in ((1, 1, 512), (3, 1, 64), (50, 1, 512), (2, 2, 512), (1, 3, 1600)):
+        data = replace(subject.data.data, segment=segment)
+        nats, count = 0.0, 0
+        for rank in range(world_size):
+            batches = eval_batches(split, data, AudioConfig(8000), rows, Place(rank, world_size))
+            part, scored, faults = evaluate(objective, batches, subject.dist, objective.beginning)
+            assert not faults
+            nats, count = nats + part, count + scored
+        assert count == split.recording_samples.sum()
+        assert nats == pytest.approx(expected, rel=1e-9)
+
+
+def test_filler_alone_does_not_stop_a_run(train: Train) -> None:
+    """A batch in which all passages have ended scores nothing, updates nothing, and is no fault.
+
+    Mutation: in `train`, `unscored = 0 if count else unscored + 1`.
+    """
+    one_row = ["--train.batch_size", "1", "--data.carry", "6", "--seed", "1"]
+    lines = train("run", *one_row, "--train.max_bad_steps", "1")
+    losses = [line["train/bits"] for line in lines if "train/bits" in line]
+    assert losses.count(None) == 1
+    assert len(losses) == 12

@@ -8,8 +8,8 @@ from benchmarks.floors import product_rate, products_per_sample, seconds
 from benchmarks.settings import Settings
 from sashimi.distributed import Distributed
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, build_optimizer
-from sashimi.trainer import Objective
 
 
 @dataclass(frozen=True)
