@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sashimi import carry, ssm
+from sashimi import ssm
+from sashimi.scan import scan
 
 
 class S4State(NamedTuple):
@@ -98,15 +99,15 @@ class S4(nn.Module):
         The system is that of the parameters now, not of the state, which is taken and returned without a gradient.
         """
         with torch.autocast(u.device.type, enabled=False):
-            u32 = u.to(self.D.dtype).mT
-            if state is None:
-                y = ssm.causal_convolution(u32, self.kernel(u.shape[1]))
+            u32 = u.to(self.D.dtype)
+            # A GPU has few large FFTs done before it has begun with so many small products.
+            if state is None and not (self.kernel_name == "krylov" and u.device.type == "cpu"):
+                y = (ssm.causal_convolution(u32.mT, self.kernel(u.shape[1])) + self.D[:, None] * u32.mT).mT
             else:
                 r = self.recurrence()
-                y, x = carry.recur(r.dense(), r.B, r.C, u32, state.x)
-                state = state._replace(x=x)
-            y = y + self.D[:, None] * u32
-        return y.mT.to(u.dtype), state
+                y, x = scan(r.dense(), r.B, r.C, self.D, u32, state and state.x)
+                state = state and state._replace(x=x)
+        return y.to(u.dtype), state
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """One sample of `forward`. u: (B, H) -> y (B, H)."""

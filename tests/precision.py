@@ -13,22 +13,23 @@ REDUCED = (torch.bfloat16, torch.float16)
 
 
 class Precision(TorchDispatchMode):
-    """Counts FFTs, forward and backward, and lists the operations that ran in reduced precision.
+    """Counts FFTs and batched products, forward and backward, and lists the operations that ran in reduced precision.
 
-    Anywhere: FFTs. Between `enter` and `leave` (see `watched`): all arithmetic, thus anything but casts and views.
+    Anywhere: these, which the state spaces alone use. Between `enter` and `leave` (see `watched`): all arithmetic, thus
+    anything but casts and views.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.ffts = self.depth = 0
+        self.products = self.depth = 0
         self.faults: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        is_fft = "fft" in func.name()
-        self.ffts += is_fft
+        is_product = any(name in func.name() for name in ("fft", "bmm"))
+        self.products += is_product
         arithmetic = self.depth and not func.is_view and "_to_copy" not in func.name()
-        if is_fft or arithmetic:
+        if is_product or arithmetic:
             tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
             self.faults += [f"{func.name()} in {x.dtype}" for x in tensors if x.dtype in (*REDUCED, torch.complex32)]
         return result

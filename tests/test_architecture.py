@@ -13,7 +13,7 @@ ARROWS: dict[str, set[str]] = {
     # mathematics
     "keops": set(),
     "ssm": {"keops"},
-    "carry": {"ssm"},
+    "scan": set(),
     "order": set(),
     "loss": set(),
     # files and folders, command lines
@@ -33,7 +33,7 @@ ARROWS: dict[str, set[str]] = {
     "packing.report": {"packing.pack", "packing.verify", "shards"},
     "stream": {"audio", "order", "shards"},
     # the model
-    "s4": {"carry", "ssm"},
+    "s4": {"scan", "ssm"},
     "layers": {"s4"},
     "model": {"layers", "s4"},
     "foreign.legacy": {"layers", "model", "s4", "ssm"},

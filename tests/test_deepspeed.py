@@ -64,7 +64,7 @@ def poisoned_step(self, micro_batches, count):
         step(self, micro_batches, count)
     if precision:
         dtypes = {str(p.dtype) for p in self.model.parameters()}
-        torch.save((precision.ffts, precision.faults, dtypes), self.folder.parent / f"rank-{self.dist.rank}.pt")
+        torch.save((precision.products, precision.faults, dtypes), self.folder.parent / f"rank-{self.dist.rank}.pt")
     if second:
         resource.setrlimit(resource.RLIMIT_FSIZE, (9999 if Poisoned.step == 8 else HARD, HARD))
 
@@ -255,8 +255,8 @@ def test_bfloat16_spares_the_state_spaces(runs: Runs) -> None:
     assert column(runs.get(3, "bf16"), "valid/bits") != column(runs.get(3), "valid/bits")
     for run in ("3-bf16", "0-bf16"):
         for rank in (0, 1):
-            ffts, faults, dtypes = torch.load(runs.folder / run / f"rank-{rank}.pt")
-            assert ffts > 0
+            products, faults, dtypes = torch.load(runs.folder / run / f"rank-{rank}.pt")
+            assert products > 0
             assert not faults
             assert dtypes == {"torch.float32"}
 

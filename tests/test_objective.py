@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trained_like import relative, trained_like
 
-from sashimi import carry
+import sashimi.scan as chunked
 from sashimi.foreign import legacy
 from sashimi.loss import nll
 from sashimi.model import ModelConfig, Sashimi, SashimiState
@@ -33,8 +33,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a short segment has several."""
-    monkeypatch.setattr(carry, "BLOCK", 16)
+    """So that a short segment has several chunks."""
+    monkeypatch.setattr(chunked, "chunk_length", lambda samples: 16)
 
 
 def model(recipe: str = "sashimi", dtype: torch.dtype = torch.float64) -> Sashimi:

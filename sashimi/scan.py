@@ -1,0 +1,185 @@
+"""The recurrence over a whole signal, in chunks: linear time, matrix products only, from any state on.
+
+Shapes: **B** batch, **L** samples, **H** channels, **N** real state size; chunks of **T** samples, **R** of them a run,
+**S** runs. States are rows, so a chunk multiplies them from the right by M, the transpose of A^T:
+
+    y_l = (K ∗ u)_l + C A^{l+1} x in a chunk that begins in state x; the next begins in x M + Σ_l u_l (A^{T−1−l} B)ᵀ
+
+All but the states is one product of all chunks with the same matrices. The states follow from each other in two
+levels, as the powers do in `ssm.krylov_kernel`: R steps in all runs at once from zero, S steps from run to run, and
+again R steps from where each run truly begins. Gradients are written out, because automatic ones move several times as
+much memory.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+GROUP = 64  # channels computed together: their matrices of 64 states then stay in a core's cache
+
+
+def scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x_{k+1} = A x_k + B u_k, y_k = C x_{k+1} + D u_k from state x (None: zeros), for any L >= 1.
+
+    A (H, N, N), B and C (H, N), D (H,), u (B, L, H), x (B, H, N) -> y (B, L, H) and the state after, (B, H, N), which
+    has no gradient: back-propagation ends where it is passed on. A and B may have H = 1 for all channels.
+    """
+    (batch, length, H), N = u.shape, A.shape[-1]
+    T = chunk_length(batch * length)
+    R = 1 << math.ceil(math.log2(-(-length // T)) / 2)
+    runs = -(-length // (T * R))
+    padding = runs * R * T - length
+    channels = Transpose.apply((F.pad(u, (0, 0, 0, padding)) if padding else u).flatten(0, 1))
+    x = u.new_zeros(batch, H, N) if x is None else x
+    tensors = (A, B, C, D, channels, x.transpose(0, 1))
+    # Split, not sliced: the gradient of a slice is as large as the whole.
+    groups = zip(*(t.expand(H, *t.shape[1:]).split(GROUP) for t in tensors), strict=True)
+    parts, after = zip(*(_scan_channels(group, T, R, length) for group in groups), strict=True)
+    y = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return y.view(H, batch, -1)[..., :length].permute(1, 2, 0), torch.cat(after).transpose(0, 1)
+
+
+def _scan_channels(tensors: tuple[Tensor, ...], T: int, R: int, length: int) -> tuple[Tensor, Tensor]:
+    """From A, B, C, D, u (H, B·S·R·T) and x (H, B, N): y like u, and the state after `length` samples, (H, B, N)."""
+    A, B, C, D, u, x = tensors
+    cols, outs, A_T = Krylov.apply(A, B, (C.unsqueeze(-2) @ A).squeeze(-2), T)
+    kernel = (cols @ C.unsqueeze(-1)).squeeze(-1)
+    direct = toeplitz(torch.cat((kernel[:, :1] + D.unsqueeze(-1), kernel[:, 1:]), dim=-1))
+    chunks = u.view(len(u), -1, R, T).permute(2, 0, 1, 3)
+    y, *states = Chunks.apply(chunks, x, A_T.mT, cols.flip(1), outs, direct)
+    with torch.no_grad():
+        whole, rest = divmod(length, T)
+        run, step = divmod(whole, R)
+        runs = states[0].shape[1] // x.shape[1]
+        last = states[-1] if run == runs else states[step].unflatten(1, (-1, runs))[:, :, run]
+        if rest:
+            tail = u.view(*x.shape[:2], -1)[..., length - rest : length]
+            last = last @ torch.linalg.matrix_power(A, rest).mT + tail @ cols[:, :rest].flip(1)
+    return y.permute(1, 2, 0, 3).flatten(1), last
+
+
+def chunk_length(samples: int) -> int:
+    """Samples of a chunk, where so many a channel are to be done: long ones cost more to prepare."""
+    return 64 if samples < 1 << 16 else 128
+
+
+class Transpose(torch.autograd.Function):
+    """(rows, columns) -> (columns, rows), copied both ways: with more dimensions torch is ten times as slow at it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.t().contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_x: Tensor) -> Tensor:
+        return d_x.t().contiguous()
+
+
+class Krylov(torch.autograd.Function):
+    """Rows Bᵀ, (A B)ᵀ, …, (A^{T−1} B)ᵀ and C, C A, …, C A^{T−1}, each (H, T, N), and A^T; T is a power of two.
+
+    By doubling, as `ssm.krylov_block`, both with the same powers of A.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, B: Tensor, C: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
+        cols, outs = (v.new_empty(v.shape[0], T, v.shape[1]) for v in (B, C))
+        cols[:, 0], outs[:, 0] = B, C
+        powers = [A]
+        for k in range(T.bit_length() - 1):
+            w = 1 << k
+            cols[:, w : 2 * w] = cols[:, :w] @ powers[k].mT
+            outs[:, w : 2 * w] = outs[:, :w] @ powers[k]
+            powers.append(powers[k] @ powers[k])
+        ctx.save_for_backward(cols, outs, *powers[:-1])
+        return cols, outs, powers[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_cols: Tensor, d_outs: Tensor, d_power: Tensor) -> tuple[Tensor | None, ...]:
+        cols, outs, *powers = ctx.saved_tensors
+        d_cols, d_outs = d_cols.clone(), d_outs.clone()
+        for k, power in reversed(list(enumerate(powers))):
+            w = 1 << k
+            lower, upper = slice(0, w), slice(w, 2 * w)
+            d_power = torch.baddbmm(d_power @ power.mT, power.mT, d_power)
+            d_power.baddbmm_(d_cols[:, upper].mT, cols[:, lower])
+            d_power.baddbmm_(outs[:, lower].mT, d_outs[:, upper])
+            d_cols[:, lower] += d_cols[:, upper] @ power
+            d_outs[:, lower] += d_outs[:, upper] @ power.mT
+        return d_power, d_cols[:, 0], d_outs[:, 0], None
+
+
+class Chunks(torch.autograd.Function):
+    """y, (R, H, B·S, T), then R times the states before the steps, (H, B·S, N), and the states after, (H, B, N).
+
+    u (R, H, B·S, T), x (H, B, N), M (H, N, N), cols (H, T, N), outs (H, T, N), direct (H, T, T); all but outs multiply rows
+    from the right.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, x: Tensor, M: Tensor, cols: Tensor, outs: Tensor, direct: Tensor
+    ) -> tuple[Tensor, ...]:
+        u = u.contiguous()
+        M_R = torch.linalg.matrix_power(M, len(u))
+        states, after = chain([torch.bmm(chunks, cols) for chunks in u], x, M, M_R, reverse=False)
+        y = torch.empty_like(u)
+        for chunks, state, out in zip(u, states, y, strict=True):
+            torch.bmm(chunks, direct, out=out).baddbmm_(state, outs.mT)
+        ctx.save_for_backward(u, M, M_R, cols, outs, direct, *states)
+        ctx.batch = x.shape[1]
+        ctx.mark_non_differentiable(*states, after)
+        return y, *states, after
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        u, M, M_R, cols, outs, direct, *states = ctx.saved_tensors
+        d_y = d_y.contiguous()
+        nothing = M.new_zeros(len(M), ctx.batch, M.shape[-1])
+        d_states = [torch.bmm(d_chunks, outs) for d_chunks in reversed(d_y.unbind())]
+        d_after, d_x = chain(d_states, nothing, M.mT, M_R.mT, reverse=True)
+        d_u = torch.empty_like(u)
+        d_M, d_cols, d_outs, d_direct = (t.new_zeros(t.shape) for t in (M, cols, outs, direct))
+        for chunks, state, after, d_chunks, out in zip(u, states, reversed(d_after), d_y, d_u, strict=True):
+            torch.bmm(d_chunks, direct.mT, out=out).baddbmm_(after, cols.mT)
+            d_M.baddbmm_(state.mT, after)
+            d_cols.baddbmm_(chunks.mT, after)
+            d_outs.baddbmm_(d_chunks.mT, state)
+            d_direct.baddbmm_(chunks.mT, d_chunks)
+        return d_u, d_x, d_M, d_cols, d_outs, d_direct
+
+
+def chain(driven: list[Tensor], start: Tensor, M: Tensor, M_R: Tensor, *, reverse: bool) -> tuple[list[Tensor], Tensor]:
+    """The states before each of the R steps x M + driven[r], R times (H, B·S, N), and after all runs, (H, B, N).
+
+    `driven` is R times (H, B·S, N), and lost; `start` (H, B, N) is where the first run begins, and M_R is M to the
+    power R. With `reverse` the last run is the first.
+    """
+    last = driven[0]
+    for step in driven[1:]:
+        last = torch.baddbmm(step, last, M)
+    ends = last.view(*start.shape[:2], -1, start.shape[-1])
+    before = torch.empty_like(ends)
+    runs = range(ends.shape[2])
+    for s in reversed(runs) if reverse else runs:
+        before[:, :, s] = start
+        start = torch.baddbmm(ends[:, :, s], start, M_R)
+    states = [before.view_as(last)]
+    for step in driven[:-1]:
+        states.append(step.baddbmm_(states[-1], M))
+    return states, start
+
+
+def toeplitz(kernel: Tensor) -> Tensor:
+    """The matrix of a causal convolution of rows: M[i, j] = K_{j−i}, 0 below the diagonal. (H, T) -> (H, T, T)."""
+    T = kernel.shape[-1]
+    # Rows of 2T − 1 cut from repetitions of 2T values: each begins one place earlier in them than the one above.
+    repeated = F.pad(kernel, (0, T)).repeat(1, T)
+    return repeated[:, : T * (2 * T - 1)].unflatten(-1, (T, -1))[..., :T].contiguous()
