@@ -1,8 +1,12 @@
-"""The one exception for what a user can mend; every command turns it into one line."""
+"""The one exception for what a user can mend, which every command turns into one line; and one between modules."""
 
 
 class InputError(ValueError):
     """Bad input at a boundary. The message names the file or field, the value, and the remedy."""
+
+
+class Unavailable(Exception):
+    """Why an engine cannot run a model here; another can."""
 
 
 def one_line(text: str, longest: int = 1000) -> str:

@@ -5,7 +5,7 @@ The model never shifts: `inputs[:, t]` is sample t − 1, and its logits predict
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args, get_type_hints
 
@@ -118,6 +118,24 @@ class SashimiState(NamedTuple):
 
     tier: TierState
     phase: int
+
+
+def map_states(function: Callable[..., Tensor], *states: TierState) -> TierState:
+    """`function` of the tensors of states of the same form; each S4State keeps its first recurrence."""
+
+    def layer(*parts: S4State | None) -> S4State | None:
+        return parts[0] and parts[0]._replace(x=function(*(part.x for part in parts if part)))
+
+    pooled = None
+    if states[0].pooled is not None:
+        inner = [state.pooled for state in states if state.pooled]
+        pending, current = (function(*(getattr(i, name) for i in inner)) for name in ("pending", "current"))
+        pooled = PooledState(pending, map_states(function, *(i.tier for i in inner)), current)
+    down, layers = (
+        tuple(layer(*parts) for parts in zip(*(getattr(state, name) for state in states), strict=True))
+        for name in ("down", "layers")
+    )
+    return TierState(down, pooled, layers)
 
 
 class Parts(NamedTuple):

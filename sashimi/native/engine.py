@@ -4,16 +4,15 @@ Shapes: **B** batch, **L** samples, **W** numbers in a vector.
 """
 
 import ctypes
-from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sashimi.model import PooledState, Sashimi, SashimiState, TierState
-from sashimi.native.library import Drawing, Unavailable, library, tables
+from sashimi.errors import Unavailable
+from sashimi.model import Sashimi, SashimiState, map_states
+from sashimi.native.library import Drawing, library, tables
 from sashimi.native.program import Program
-from sashimi.s4 import S4State
 
 _MOST_PHASES = 4096  # each has its own program
 _MANY = 4  # batches from this size on fill the lanes of a vector with clips, below it with features
@@ -47,13 +46,13 @@ class Native:
         tiers = []
         for first in range(0, B, lanes):
             rows = slice(first, min(first + lanes, B))
-            before = _map(lambda t, rows=rows: t[rows], state.tier)
+            before = map_states(lambda t, rows=rows: t[rows], state.tier)
             memory = program.memory()
             program.load(memory, self.model.tier, before)
             self._run(memory, state.phase, inputs[rows], uniforms[rows], ids[rows], nats[rows])
             tiers.append(program.store(memory, self.model.tier, before))
         phase = (state.phase + L) % self.model.config.total_pool
-        return ids, nats, SashimiState(_map(lambda *parts: torch.cat(parts), *tiers), phase)
+        return ids, nats, SashimiState(map_states(lambda *parts: torch.cat(parts), *tiers), phase)
 
     def _run(self, memory: np.ndarray, phase: int, last: Tensor, uniforms: Tensor, ids: Tensor, nats: Tensor) -> None:
         program, last, uniforms = self.program, last.contiguous(), uniforms.contiguous()
@@ -67,21 +66,3 @@ class Native:
             *map(ctypes.c_int64, (len(last), self.model.config.levels, ids.shape[1])),
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (last, uniforms, ids, nats)),
         )
-
-
-def _map(function: Callable[..., Tensor], *states: TierState) -> TierState:
-    """`function` of the tensors of states of the same form; each S4State keeps its first recurrence."""
-
-    def layer(*parts: S4State | None) -> S4State | None:
-        return parts[0] and parts[0]._replace(x=function(*(part.x for part in parts if part)))
-
-    pooled = None
-    if states[0].pooled is not None:
-        inner = [state.pooled for state in states if state.pooled]
-        pending, current = (function(*(getattr(i, name) for i in inner)) for name in ("pending", "current"))
-        pooled = PooledState(pending, _map(function, *(i.tier for i in inner)), current)
-    down, layers = (
-        tuple(layer(*parts) for parts in zip(*(getattr(state, name) for state in states), strict=True))
-        for name in ("down", "layers")
-    )
-    return TierState(down, pooled, layers)

@@ -14,14 +14,11 @@ import numpy as np
 from numpy.polynomial import Chebyshev, Polynomial
 
 from sashimi.atomic import write_file
+from sashimi.errors import Unavailable
 
 _SOURCE = Path(__file__).with_name("generate.cpp")
 # Sums may be taken in any order, so that they can be vectors; NaN and infinity stay what they are.
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math".split()
-
-
-class Unavailable(Exception):
-    """Why native code cannot run a model here."""
 
 
 class Tables(ctypes.Structure):

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sashimi.errors import Unavailable
 from sashimi.layers import FeedForward, Residual, S4Block, ScalarNorm, UpPool
 from sashimi.model import Pooled, PooledState, Sashimi, Tier, TierState
-from sashimi.native.library import Unavailable
 from sashimi.s4 import S4State
 
 # As in generate.cpp.
