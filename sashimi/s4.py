@@ -114,7 +114,7 @@ class S4(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             u32 = u.to(self.D.dtype)
             y, x = state.recurrence.step(u32, state.x)
-            y = y + self.D * u32
+            y = torch.addcmul(y, self.D, u32)
         return y.to(u.dtype), state._replace(x=x)
 
     def init_state(self, batch_size: int) -> S4State:
