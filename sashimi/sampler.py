@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-from sashimi.errors import InputError
+from sashimi.errors import InputError, Unavailable
+from sashimi.graph import Graph
 from sashimi.model import Sashimi, SashimiState
 from sashimi.native.engine import Native
-from sashimi.native.library import Unavailable
 
 _BLOCK = 512  # samples an engine is asked for at a time
 _UNIT = 1 << 52  # probability 1 as an integer
+
+EngineName = Literal["auto", "graph", "native", "plain"]
 
 Choose = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """logits (B, V), uniforms (B,) -> ids (B,), nats (B,)."""
@@ -77,10 +79,10 @@ def _truncate(probs: Tensor, top_k: int | None, top_p: float) -> Tensor:
     """Zero all but the `top_k` likeliest, and of these all but the fewest with the share `top_p`. (B, V) -> (B, V)."""
     likeliest, order = probs.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
-        likeliest[:, top_k:] = 0
+        likeliest[:, top_k:].zero_()
     if top_p < 1:
         before = likeliest.cumsum(-1) - likeliest
-        likeliest = likeliest.where(before < top_p * likeliest.sum(-1, keepdim=True), 0)
+        likeliest = likeliest.masked_fill(before >= top_p * likeliest.sum(-1, keepdim=True), 0)
     return torch.zeros_like(probs).scatter(-1, order, likeliest)
 
 
@@ -120,8 +122,9 @@ class Drawing:
     """Draw from the fewest levels that hold this share of the probability."""
     batch_size: int = 16
     """Clips computed together; ranks divide whole batches between them."""
-    engine: Literal["auto", "native", "plain"] = "auto"
-    """native: compiled code, on CPUs with a C++ compiler. plain: the model's own step. auto: native where it can be."""
+    engine: EngineName = "auto"
+    """graph: one CUDA graph a pooling period; on a CPU, the same steps one by one. native: compiled code, on CPUs with
+    a C++ compiler. plain: the model's own step. auto: graph on CUDA, native on CPUs, and plain where they cannot be."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
@@ -136,8 +139,8 @@ class Drawing:
             raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1, which draws from all levels")
         if not 1 <= self.batch_size <= 1 << 20:
             raise InputError(f"batch_size={self.batch_size}: must be 1 to {1 << 20}")
-        if self.engine not in ("auto", "native", "plain"):
-            raise InputError(f"engine={self.engine}: choose auto, native or plain")
+        if self.engine not in get_args(EngineName):
+            raise InputError(f"engine={self.engine}: choose one of {', '.join(get_args(EngineName))}")
 
     def choose(self, levels: int) -> Choose:
         """`draw` with these settings, for a model of so many levels."""
@@ -148,18 +151,20 @@ class Drawing:
 
 def make_engine(model: Sashimi, drawing: Drawing) -> Engine:
     """The engine that `drawing` asks for. InputError if it cannot be had, or a setting does not fit the model."""
-    choose = drawing.choose(model.config.levels)
-    if drawing.engine != "plain":
-        try:
+    plain = partial(Plain, choose=drawing.choose(model.config.levels))
+    name, device = drawing.engine, model.head.weight.device.type
+    if name == "auto":
+        name = "graph" if device == "cuda" else "native" if device == "cpu" else "plain"
+    try:
+        if name == "graph":
+            return Graph(model, drawing.batch_size, plain)
+        if name == "native":
             return Native(model, drawing.batch_size, drawing.temperature, drawing.top_k or 0, drawing.top_p)
-        except Unavailable as reason:
-            if drawing.engine == "native":
-                raise InputError(f"engine=native: {reason}; leave it to auto, or take plain") from reason
-            if model.head.weight.device.type == "cpu":
-                warnings.warn(
-                    f"clips are made by the plain engine, the native one is not to be had: {reason}", stacklevel=2
-                )
-    return Plain(model, choose)
+    except Unavailable as reason:
+        if drawing.engine == name:
+            raise InputError(f"engine={name}: {reason}; leave it to auto, or take plain") from reason
+        warnings.warn(f"clips are made by the plain engine, the {name} one is not to be had: {reason}", stacklevel=2)
+    return plain(model)
 
 
 def generate(
@@ -173,7 +178,7 @@ def generate(
     top_p: float = 1.0,
     prompt: Tensor | None = None,
     batch_size: int | None = None,
-    engine: Literal["auto", "native", "plain"] = "auto",
+    engine: EngineName = "auto",
     on_progress: Callable[[int], None] = lambda samples: None,
 ) -> Tensor:
     """New samples of the clips of these numbers: ids (number of clips, n_samples) int64, on the CPU.
@@ -247,9 +252,11 @@ class Generator:
         nats = torch.empty(size, n_samples, dtype=torch.float64)
         inputs, state = self.start
         with _inference(self.model):
-            for start in range(0, n_samples, _BLOCK):
-                block = slice(start, min(start + _BLOCK, n_samples))
-                u = np.stack([uniforms(seed, first + i, block.stop - start, start) for i in range(size)])
+            # Blocks end where pooling periods do, whatever the prompt's length: engines may be fast at whole ones.
+            for start in range(-(state.phase % _BLOCK), n_samples, _BLOCK):
+                block = slice(max(start, 0), min(start + _BLOCK, n_samples))
+                length = block.stop - block.start
+                u = np.stack([uniforms(seed, first + i, length, block.start) for i in range(size)])
                 new, cost, state = self.engine(inputs, state, torch.from_numpy(u).to(self.device))
                 inputs, ids[:, block], nats[:, block] = new[:, -1], new, cost
                 if not nats[:, block].isfinite().all():
@@ -257,7 +264,7 @@ class Generator:
                         f"clips {first} to {first + size - 1}: the model's output is not finite before sample "
                         f"{block.stop}, so its weights are damaged or have diverged; sample an earlier checkpoint"
                     )
-                on_progress(block.stop - start)
+                on_progress(length)
         return ids, nats
 
 

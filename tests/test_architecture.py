@@ -64,9 +64,10 @@ ARROWS: dict[str, set[str]] = {
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling
     "native.library": {"atomic"},
-    "native.program": {"layers", "model", "native.library", "s4"},
-    "native.engine": {"model", "native.library", "native.program", "s4"},
-    "sampler": {"model", "native.engine", "native.library"},
+    "native.program": {"layers", "model", "s4"},
+    "native.engine": {"model", "native.library", "native.program"},
+    "graph": {"model"},
+    "sampler": {"graph", "model", "native.engine"},
     "clips": {"atomic", "audio", "model", "sampler"},
     # the public names, and folders
     "packing": set(),

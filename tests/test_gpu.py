@@ -1,16 +1,23 @@
 """The same results on a CUDA device as on the CPU; without one, test_device.py checks placement with fake tensors."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import curve
+from test_graph import DRAWS
+from test_native import LEVELS, VARIANTS, model_of
+from torch import Tensor
+from torch.nn.utils import parametrize
 from trained_like import relative, trained_like
 
 from sashimi.checkpoint import load_checkpoint
-from sashimi.model import ModelConfig, Sashimi
-from sashimi.sampler import generate
+from sashimi.errors import Unavailable
+from sashimi.graph import Graph, recorded
+from sashimi.model import ModelConfig, Sashimi, SashimiState
+from sashimi.sampler import Drawing, Plain, draw, generate, make_engine
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +42,83 @@ def test_clips_are_reproducible() -> None:
     model = trained_like(Sashimi(ModelConfig(d_model=16, n_layers=1))).cuda()
     clips = generate(model, 200, clips=range(4), batch_size=4)
     assert torch.equal(generate(model, 200, clips=[2], batch_size=4)[0], clips[2])
+
+
+def on_gpu(variant: str, dtype: torch.dtype, batch_size: int) -> tuple[Sashimi, SashimiState, Tensor, Tensor]:
+    """A model, its first state and sample, and uniforms of three periods and a bit."""
+    model = model_of(variant, dtype).cuda()
+    u = torch.rand(batch_size, 59, generator=torch.manual_seed(1), dtype=torch.float64).cuda()
+    return model, model.init_state(batch_size), torch.full((batch_size,), LEVELS // 2, device="cuda"), u
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("settings", DRAWS)
+def test_recorded_periods_are_the_plain_steps(variant: str, batch_size: int, settings: dict) -> None:
+    """Law 16 for CUDA graphs: the ids of what is recorded, of the same not recorded, and the plain ones, in float64.
+
+    In float32 they are the same whenever they are asked for, and score as the plain step scores them. The graph
+    outlives the weights that it was recorded with. Mutations: no `self.inputs.copy_` in `run`; `_frozen` of nothing.
+    """
+    plain = partial(Plain, choose=partial(draw, **settings))
+    with torch.inference_mode():
+        model, state, silence, u = on_gpu(variant, torch.float64, batch_size)
+        expected, expected_nats, _ = plain(model)(silence, state, u)
+        for record in (True, False):
+            engine = Graph(model, batch_size, plain, record=record)
+            assert engine.name == "graph"
+            inputs, now, made = silence, state, []
+            for piece in u.split((5, 54), dim=1):
+                ids, nats, now = engine(inputs, now, piece)
+                inputs = ids[:, -1]
+                made.append((ids, nats))
+            ids, nats = (torch.cat(pieces, dim=1) for pieces in zip(*made, strict=True))
+            assert torch.equal(ids, expected)
+            assert relative(nats, expected_nats) < 1e-9
+
+        model, state, silence, u = on_gpu(variant, torch.float32, batch_size)
+        with parametrize.cached():
+            engine = Graph(model, batch_size, plain)
+        ids, nats, _ = engine(silence, state, u)
+        del model  # and memory is written where something of the recording may have been freed
+        rubbish = [torch.full((1 << 20,), 1e9, device="cuda") for _ in range(20)]
+        again, again_nats, _ = engine(silence, state, u)
+        assert torch.equal(again, ids)
+        assert torch.equal(again_nats, nats)
+        del rubbish
+        model = model_of(variant, torch.float32).cuda()
+        inputs = silence
+        for t in range(u.shape[1]):
+            logits, state = model.step(inputs, state)
+            inputs = ids[:, t]
+            own = torch.nn.functional.cross_entropy(logits.double(), inputs, reduction="none")
+            assert (own - nats[:, t]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("settings", DRAWS)
+@pytest.mark.parametrize("record", [True, False])
+def test_nothing_waits_for_a_sample(settings: dict, record: bool) -> None:
+    """An engine's call never waits for the device. Mutation: `if cdf.min() < 0: …` in `draw`."""
+    with torch.inference_mode():
+        model, state, silence, u = on_gpu("default", torch.float32, 2)
+        engine = Graph(model, 2, partial(Plain, choose=partial(draw, **settings)), record=record)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            engine(silence, state, u)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_recording_that_fails_harms_nothing() -> None:
+    """Its cause is named, the stream is what it was, and the next recording succeeds. Mutation: `str(error)`."""
+    stream = torch.cuda.current_stream()
+    with pytest.raises(Unavailable, match=r"^no CUDA graph could be recorded: .*captur"):
+        recorded(lambda: torch.ones(1, device="cuda").item(), torch.device("cuda", 0))
+    assert torch.cuda.current_stream() == stream
+    model = model_of("default", torch.float32).cuda()
+    assert make_engine(model, Drawing(batch_size=2)).name == "graph"
+    ids = [generate(model, 40, clips=range(2), engine=engine) for engine in ("auto", "graph")]
+    assert torch.equal(*ids)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

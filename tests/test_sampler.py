@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sashimi.errors import InputError
-from sashimi.model import ModelConfig, Sashimi
+from sashimi.model import ModelConfig, Sashimi, SashimiState
 from sashimi.sampler import Drawing, Generator, Plain, draw, generate, make_engine, uniforms
 
 LEVELS = 32
@@ -119,11 +119,12 @@ def test_nats_are_the_models_own() -> None:
 # --- clips
 
 
-@pytest.mark.parametrize("engine", ["plain", "native"])
+@pytest.mark.parametrize("engine", ["plain", "native", "graph"])
 def test_a_clip_is_the_same_whatever_else_is_asked_for(engine: str) -> None:
     """Law 16: to the bit, nats included, in any company and order, and when asked for again.
 
-    Mutations: in `generate`, `batches_of([*range(len(numbers))], …)`; in `Tier.step`'s pooling, no `pending.clone()`.
+    Mutations: in `generate`, `batches_of([*range(len(numbers))], …)`; in `Tier.step`'s pooling, no `pending.clone()`;
+    in `Graph`, `state.tier` instead of clones.
     """
     model, n, prompt = tiny(), 40, torch.tensor([9, 20, 3])  # the prompt leaves half-filled pooling blocks
     ids = generate(model, n, clips=range(7), batch_size=3, prompt=prompt, engine=engine)
@@ -187,6 +188,24 @@ def test_teacher_forced_logits_agree_across_batch_sizes() -> None:
     with torch.no_grad():
         together, alone = logits(ids), torch.cat([logits(row[None]) for row in ids])
     assert (together - alone).abs().max() < 1e-4 * together.abs().max()
+
+
+@pytest.mark.parametrize("length", [1, 7, 600])
+def test_blocks_end_where_pooling_periods_do(length: int) -> None:
+    """After a prompt, an engine's first call alone begins within a period. Mutation: `range(0, n_samples, _BLOCK)`."""
+    model, calls = tiny(), []
+
+    class Listening(Plain):
+        def __call__(
+            self, inputs: Tensor, state: SashimiState, uniforms: Tensor
+        ) -> tuple[Tensor, Tensor, SashimiState]:
+            calls.append((state.phase, uniforms.shape[1]))
+            return super().__call__(inputs, state, uniforms)
+
+    engine = Listening(model, draw)
+    Generator(model, Drawing(batch_size=1), engine, torch.arange(length) % LEVELS).batch(0, 1100)
+    assert [phase for phase, _ in calls] == [length % 4, 0, 0]
+    assert sum(samples for _, samples in calls) == 1100
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8, 11])
