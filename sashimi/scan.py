@@ -19,8 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-GROUP = 64  # channels computed together: their matrices of 64 states then stay in a core's cache
-
 
 def scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x_{k+1} = A x_k + B u_k, y_k = C x_{k+1} + D u_k from state x (None: zeros), for any L >= 1.
@@ -33,38 +31,28 @@ def scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None
     R = 1 << math.ceil(math.log2(-(-length // T)) / 2)
     runs = -(-length // (T * R))
     padding = runs * R * T - length
-    channels = Transpose.apply((F.pad(u, (0, 0, 0, padding)) if padding else u).flatten(0, 1))
-    x = u.new_zeros(batch, H, N) if x is None else x
-    tensors = (A, B, C, D, channels, x.transpose(0, 1))
-    # Split, not sliced: the gradient of a slice is as large as the whole.
-    groups = zip(*(t.expand(H, *t.shape[1:]).split(GROUP) for t in tensors), strict=True)
-    parts, after = zip(*(_scan_channels(group, T, R, length) for group in groups), strict=True)
-    y = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return y.view(H, batch, -1)[..., :length].permute(1, 2, 0), torch.cat(after).transpose(0, 1)
-
-
-def _scan_channels(tensors: tuple[Tensor, ...], T: int, R: int, length: int) -> tuple[Tensor, Tensor]:
-    """From A, B, C, D, u (H, B·S·R·T) and x (H, B, N): y like u, and the state after `length` samples, (H, B, N)."""
-    A, B, C, D, u, x = tensors
+    A, B = A.expand(H, -1, -1), B.expand(H, -1)
     cols, outs, A_T = Krylov.apply(A, B, (C.unsqueeze(-2) @ A).squeeze(-2), T)
     kernel = (cols @ C.unsqueeze(-1)).squeeze(-1)
     direct = toeplitz(torch.cat((kernel[:, :1] + D.unsqueeze(-1), kernel[:, 1:]), dim=-1))
-    chunks = u.view(len(u), -1, R, T).permute(2, 0, 1, 3)
-    y, *states = Chunks.apply(chunks, x, A_T.mT, cols.flip(1), outs, direct)
+    channels = Transpose.apply((F.pad(u, (0, 0, 0, padding)) if padding else u).flatten(0, 1))
+    chunks = channels.view(H, batch * runs, R, T).permute(2, 0, 1, 3)
+    before = u.new_zeros(H, batch, N) if x is None else x.transpose(0, 1)
+    y, *states = Chunks.apply(chunks, before, A_T.mT, cols.flip(1), outs, direct)
+    y = y.permute(1, 2, 0, 3).reshape(H, batch, -1)[..., :length].permute(1, 2, 0)
     with torch.no_grad():
         whole, rest = divmod(length, T)
         run, step = divmod(whole, R)
-        runs = states[0].shape[1] // x.shape[1]
-        last = states[-1] if run == runs else states[step].unflatten(1, (-1, runs))[:, :, run]
+        last = states[-1] if run == runs else states[step].unflatten(1, (batch, runs))[:, :, run]
         if rest:
-            tail = u.view(*x.shape[:2], -1)[..., length - rest : length]
-            last = last @ torch.linalg.matrix_power(A, rest).mT + tail @ cols[:, :rest].flip(1)
-    return y.permute(1, 2, 0, 3).flatten(1), last
+            last = last @ torch.linalg.matrix_power(A, rest).mT
+            last = last + u[:, -rest:].permute(2, 0, 1) @ cols[:, :rest].flip(1)
+    return y, last.transpose(0, 1)
 
 
 def chunk_length(samples: int) -> int:
     """Samples of a chunk, where so many a channel are to be done: long ones cost more to prepare."""
-    return 64 if samples < 1 << 16 else 128
+    return 32 if samples < 1 << 14 else 64 if samples < 1 << 16 else 128
 
 
 class Transpose(torch.autograd.Function):

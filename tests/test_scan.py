@@ -38,9 +38,8 @@ def reference(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor) 
 
 @pytest.fixture(params=[1, 8, 64])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Chunks of so many samples, and channels in groups of two, the last with one."""
+    """Chunks of so many samples."""
     monkeypatch.setattr(chunked, "chunk_length", lambda samples: request.param)
-    monkeypatch.setattr(chunked, "GROUP", 2)
     return request.param
 
 
