@@ -7,22 +7,25 @@ from pathlib import Path
 import pytest
 from conftest import Call, command
 
+from sashimi.model import ModelConfig, Sashimi
+
 SMALL = ["--repetitions", "1", "--n_layers", "1", "--length", "256", "--json"]
 
 
 @pytest.mark.parametrize(
     ("part", "figures"),
     [
-        ("kernel", {"krylov_s", "cauchy_s", "krylov_error"}),
-        ("train", {"step_s", "floor_s", "gflop", "peak_gib"}),
-        ("generate", {"batch1_steps_per_s", "batch16_samples_per_s", "plain_batch1_steps_per_s"}),
-        ("stream", {"samples_per_s", "webdataset_samples_per_s"}),
+        ("kernel", {"krylov_s", "cauchy_s", "krylov_floor_s", "krylov_error"}),
+        ("train", {"step_s", "floor_s", "fft_floor_s", "memory_floor_s", "gflop", "moved_gb", "peak_gib"}),
+        ("generate", {"batch1_steps_per_s", "batch16_samples_per_s", "plain_batch1_steps_per_s", "batch1_of_floor"}),
+        ("stream", {"samples_per_s", "webdataset_samples_per_s", "floor_samples_per_s", "of_floor"}),
     ],
 )
 def test_each_part_prints_its_figures(
     part: str, figures: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line of JSON, every figure a positive number. Mutation: leave a part out of `PARTS`."""
+    """One line of JSON, every figure a positive number. Mutations: leave a part out of `PARTS`; in
+    `moved_numbers`, count an input twice."""
     command("tools/bench.py", [part, *SMALL], monkeypatch)
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
@@ -31,6 +34,11 @@ def test_each_part_prints_its_figures(
     if part == "train":
         # Two segments of 256 samples, six FLOP a multiply-add: 3 tiers, 4 poolings, the head.
         assert result["gflop"] == pytest.approx(6 * 2 * 256 * (3 * 24576 + 4 * 8192 + 64 * 256) / 1e9)
+        # A sample's share of 3 inputs and 2 outputs: two residual branches a tier, two poolings each way, the head.
+        residual, down, up, head = 2 * 5 * (64 + 32 + 16), 256 + 128, 224 + 112, 3 * 64 + 2 * 256
+        weights = sum(p.numel() for p in Sashimi(ModelConfig(n_layers=1)).parameters())
+        numbers = 2 * 256 * (residual + down + up + head) + 10 * weights
+        assert result["moved_gb"] == pytest.approx(4 * numbers / 1e9)
 
 
 def test_compare_shows_what_has_changed(call: Call, tmp_path: Path) -> None:

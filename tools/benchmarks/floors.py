@@ -1,16 +1,22 @@
-"""How time is taken, and what the machine can do at best: measured in the same process, on the same threads."""
+"""How time and memory are taken, and what the machine can do at best: in the same process, on the same threads."""
 
 import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from sashimi.distributed import Distributed
+from sashimi.layers import DownPool, Residual, UpPool
 from sashimi.model import Sashimi
+from sashimi.s4 import S4
+from sashimi.ssm import fft_length
 
 
 def seconds(repetitions: int, *functions: Callable[[], Any]) -> list[float]:
@@ -32,9 +38,25 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def product_rate(device: torch.device, repetitions: int) -> float:
-    """FLOP/s of a large float32 matrix product."""
-    a, b = (torch.randn(1536, 1536, device=device) for _ in range(2))
+def forget_peak(device: torch.device) -> int:
+    """Bytes held now, from which the peak of `Distributed.peak_memory` begins anew.
+
+    A process's own peak can be forgotten on Linux alone; elsewhere this is the peak so far.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    return Distributed().peak_memory()
+
+
+# --- rates of the machine ----------------------------------------------------------------------------------------
+
+
+def product_rate(device: torch.device, repetitions: int, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a large matrix product."""
+    a, b = (torch.randn(1536, 1536, device=device, dtype=dtype) for _ in range(2))
     (product,) = seconds(repetitions, lambda: a @ b)
     return 2 * 1536**3 / product
 
@@ -46,11 +68,73 @@ def read_rate(numbers: int, device: torch.device, repetitions: int) -> float:
     return 20 * 4 * numbers / read
 
 
+def copy_rate(device: torch.device, repetitions: int) -> float:
+    """Bytes/s read and written by copying 256 MiB."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source)
+    (copied,) = seconds(repetitions, lambda: target.copy_(source))
+    return 2 * 4 * source.numel() / copied
+
+
+# --- what a model needs ------------------------------------------------------------------------------------------
+
+
 def products_per_sample(model: Sashimi) -> float:
     """Multiply-adds of all Linear layers a sample of audio, each at the rate at which it runs."""
+    return sum(
+        module.in_features * module.out_features / slower
+        for module, slower in _with_rate(model)
+        if isinstance(module, nn.Linear)
+    )
+
+
+def fft_seconds(model: Sashimi, batch_size: int, length: int, device: torch.device, repetitions: int) -> float:
+    """Seconds of the FFTs that a training step's convolutions need, at the rate of torch.fft on batches of their size.
+
+    Forward: those of u and of K, and the inverse one of y. Backward: that of dy, and the inverse ones of du and dK.
+    A kernel's are a batch_size-th of a signal's. Each is zero-padded, so that nothing wraps around.
+    """
+    layers = [(slower, module.D.numel()) for module, slower in _with_rate(model) if isinstance(module, S4)]
     total = 0.0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            depth = len(re.findall(r"pooled\.(tier|down|up)\b", name))  # a pooling runs at the slower rate
-            total += module.in_features * module.out_features / math.prod(model.config.pool[:depth])
+    for slower, channels in set(layers):
+        n = fft_length(2 * -(-length // slower) - 1)
+        signal = torch.randn(batch_size, channels, n, device=device)
+        spectrum = torch.fft.rfft(signal)
+        forth, back = seconds(
+            repetitions, lambda s=signal: torch.fft.rfft(s), lambda s=spectrum, n=n: torch.fft.irfft(s, n=n)
+        )
+        total += layers.count((slower, channels)) * (2 + 1 / batch_size) * (forth + back)
     return total
+
+
+@torch.no_grad()
+def moved_numbers(model: Sashimi, length: int) -> tuple[int, int]:
+    """Numbers that must be read or written in a training step, each layer being one fused kernel.
+
+    Returns (of activations, for one segment of `length` samples; of weights, a step). A layer is a residual branch from
+    norm to sum, a pooling, or the head. Forward it reads its input and writes its output; backward it reads both its
+    input and its output's gradient and writes its input's gradient: 3 inputs and 2 outputs. What is inside of a layer,
+    spectra among it, does not count. A weight is read forward and backward and its gradient written; then AdamW reads
+    weight, gradient and two moments and writes all but the gradient: 10 numbers.
+    """
+    moved = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, Any]) -> None:
+        nonlocal moved
+        moved += 3 * inputs[0].numel() + 2 * (output if isinstance(output, Tensor) else output[0]).numel()
+
+    layers = [module for module in model.modules() if isinstance(module, Residual | DownPool | UpPool)]
+    hooks = [layer.register_forward_hook(count) for layer in (*layers, model.head)]
+    # Each layer's numbers are in proportion to the length.
+    total = model.config.total_pool
+    model(torch.zeros(1, total, dtype=torch.int64, device=model.head.weight.device))
+    for hook in hooks:
+        hook.remove()
+    return moved * -(-length // total), 10 * sum(p.numel() for p in model.parameters())
+
+
+def _with_rate(model: Sashimi) -> Iterator[tuple[nn.Module, int]]:
+    """Each module with the number of samples of audio that are one of its own."""
+    for name, module in model.named_modules():
+        depth = len(re.findall(r"pooled\.(tier|down|up)\b", name))  # a pooling runs at the slower rate
+        yield module, math.prod(model.config.pool[:depth])

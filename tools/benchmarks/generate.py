@@ -42,6 +42,13 @@ def bench_generate(config: GenerateSettings, device: torch.device) -> dict[str, 
             figure = "batch1_steps_per_s" if batch == 1 else "batch16_samples_per_s"
             result |= {figure: 1000 * batch / fast, f"plain_{figure}": 100 * batch / plain}
     work, weights = products_per_sample(model), sum(p.numel() for p in model.parameters())
-    result["batch16_floor_samples_per_s"] = product_rate(device, config.repetitions) / (2 * work)
-    result["batch1_floor_steps_per_s"] = read_rate(weights, device, config.repetitions) / (4 * work)
-    return result | {"parameters": weights, "multiply_adds_per_sample": work}
+    products = product_rate(device, config.repetitions) / (2 * work)
+    reads = read_rate(weights, device, config.repetitions) / (4 * work)
+    return result | {
+        "batch1_floor_steps_per_s": reads,
+        "batch16_floor_samples_per_s": products,
+        "batch1_of_floor": result["batch1_steps_per_s"] / reads,
+        "batch16_of_floor": result["batch16_samples_per_s"] / products,
+        "parameters": weights,
+        "multiply_adds_per_sample": work,
+    }

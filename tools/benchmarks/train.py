@@ -1,10 +1,19 @@
 """One training step: forward, loss, backward, update."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from benchmarks.floors import product_rate, products_per_sample, seconds
+from benchmarks.floors import (
+    copy_rate,
+    fft_seconds,
+    forget_peak,
+    moved_numbers,
+    product_rate,
+    products_per_sample,
+    seconds,
+)
 from benchmarks.settings import Settings
 from sashimi.distributed import Distributed
 from sashimi.model import ModelConfig, Sashimi
@@ -14,29 +23,56 @@ from sashimi.optim import OptimConfig, build_optimizer
 
 @dataclass(frozen=True)
 class TrainSettings(Settings):
-    """The step's size."""
+    """The step's size and precision."""
+
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: forward under autocast. State spaces and FFTs stay float32."""
 
 
 def bench_train(config: TrainSettings, device: torch.device) -> dict[str, float]:
-    """Seconds of forward, loss, backward and update; the floor is the model's matrix products at the measured rate."""
+    """Seconds and memory of forward, loss, backward and update, beside three floors.
+
+    floor_s: the Linear layers' products at the measured rate of a large one; fft_floor_s: see `fft_seconds`;
+    memory_floor_s: see `moved_numbers`, at the measured rate of a large copy. step_peak_gib is what the process or the
+    GPU held at most beyond what it held before the first step: activations, gradients, AdamW's moments.
+    """
     torch.manual_seed(0)
     model = Sashimi(ModelConfig(n_layers=config.n_layers)).to(device)
     objective, optimizer = Objective(model), build_optimizer(model.named_parameters(), OptimConfig())
     ids = torch.randint(256, (config.batch_size, config.length + 1), device=device)
     mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    half = config.precision == "bf16"
 
     def step() -> None:
-        (objective(ids[:, :-1], ids[:, 1:], mask) / mask.numel()).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            nats = objective(ids[:, :-1], ids[:, 1:], mask)
+        (nats / mask.numel()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    held = forget_peak(device)
     (taken,) = seconds(config.repetitions, step)
+    peak = Distributed().peak_memory()
     flop = 6 * products_per_sample(model) * config.batch_size * config.length  # forward once, backward twice
-    rate = product_rate(device, config.repetitions)
+    rate = product_rate(device, config.repetitions, torch.bfloat16 if half else torch.float32)
+    activations, weights = moved_numbers(model, config.length)
+    moved = (2 if half else 4) * activations * config.batch_size + 4 * weights
+    bandwidth = copy_rate(device, config.repetitions)
+    floors = {
+        "floor_s": flop / rate,
+        "fft_floor_s": fft_seconds(model, config.batch_size, config.length, device, config.repetitions),
+        "memory_floor_s": moved / bandwidth,
+    }
     return {
         "step_s": taken,
-        "floor_s": flop / rate,
+        **floors,
+        "step_over_floor": taken / floors["floor_s"],
+        "step_over_floors": taken / sum(floors.values()),
+        "samples_per_s": config.batch_size * config.length / taken,
         "gflop": flop / 1e9,
         "gemm_gflop_per_s": rate / 1e9,
-        "peak_gib": Distributed().peak_memory() / 2**30,
+        "moved_gb": moved / 1e9,
+        "copy_gb_per_s": bandwidth / 1e9,
+        "peak_gib": peak / 2**30,
+        "step_peak_gib": (peak - held) / 2**30,
     }
