@@ -19,6 +19,8 @@ SMALL = ["--repetitions", "1", "--n_layers", "1", "--length", "256", "--json"]
         ("train", {"step_s", "floor_s", "fft_floor_s", "memory_floor_s", "gflop", "moved_gb", "peak_gib"}),
         ("generate", {"batch1_steps_per_s", "batch16_samples_per_s", "plain_batch1_steps_per_s", "batch1_of_floor"}),
         ("stream", {"samples_per_s", "webdataset_samples_per_s", "floor_samples_per_s", "of_floor"}),
+        ("scale", {"alone_step_s", "apart_step_s", "together_step_s", "speedup", "small_reduce_s"}),
+        ("project", {"8_gpus_speedup", "64_gpus_same_batch_speedup", "512_gpus_read_mb_per_s"}),
     ],
 )
 def test_each_part_prints_its_figures(
@@ -39,6 +41,10 @@ def test_each_part_prints_its_figures(
         weights = sum(p.numel() for p in Sashimi(ModelConfig(n_layers=1)).parameters())
         numbers = 2 * 256 * (residual + down + up + head) + 10 * weights
         assert result["moved_gb"] == pytest.approx(4 * numbers / 1e9)
+    if part == "scale" and "sent_mb_per_rank" in result:
+        # In a ring of two each rank sends its gradients once; others may use the network meanwhile.
+        assert result["ring_mb_per_rank"] == result["gradient_mb"]
+        assert result["sent_mb_per_rank"] >= result["gradient_mb"]
 
 
 def test_compare_shows_what_has_changed(call: Call, tmp_path: Path) -> None:
@@ -97,3 +103,43 @@ def test_a_part_that_is_not_there(call: Call) -> None:
         answer = call("tools/bench.py", *argv)
         assert answer.code == 2
         assert "kernel, train, generate, stream" in answer.error
+
+
+def test_projection_by_hand(call: Call) -> None:
+    """4 GPUs of one node and 16 of two, with round numbers: each term of `step_time` as its docstring says.
+
+    Mutations: W − 1 without the factor 2; `math.log2(gpus)` without it; the network's bandwidth within a node.
+    """
+    assumed = {
+        "n_layers": 8,
+        "batch_size": 2,
+        "length": 10_000,
+        "global_batch": 8,
+        "gpus": [4, 16],
+        "gpus_per_node": 4,
+        "samples_per_s": 1e5,
+        "launch_s": 0.1,
+        "nvlink_gb_per_s": 1,
+        "network_gb_per_s": 0.1,
+        "hop_s": 0.001,
+        "sync_s": 0.01,
+        "jitter": 0.1,
+    }
+    options = [f"--{name}={value}" for name, value in assumed.items()]
+    result = json.loads(call("tools/bench.py", "project", *options, "--json").out)
+    assert result["parameters"] == 4_764_160
+    exposed = 4 * 4_764_160 - 2**20  # one bucket of it
+    for gpus, bandwidth in ((4, 1e9), (16, 1e8)):
+        compute = 0.2
+        wait = 0.02 * math.sqrt(2 * math.log(gpus))
+        transfer = 2 * (gpus - 1) / gpus * exposed / bandwidth
+        latency = 3 * 2 * math.log2(gpus) * 0.001 + 0.02
+        total = compute + wait + transfer + latency
+        assert result[f"{gpus}_gpus_step_ms"] == pytest.approx(1e3 * total)
+        assert result[f"{gpus}_gpus_transfer_share"] == pytest.approx(transfer / total)
+        assert result[f"{gpus}_gpus_speedup"] == pytest.approx(gpus * compute / total)
+        assert result[f"{gpus}_gpus_read_mb_per_s"] == pytest.approx(1.1 * gpus * 2 * 10_000 / total / 1e6)
+    # 8 segments on 4 GPUs are 2 each; 16 GPUs have 8 at work, whose step the launches bound.
+    assert result["4_gpus_same_batch_speedup"] == pytest.approx(0.8 / (result["4_gpus_step_ms"] / 1e3))
+    wait, transfer, latency = 0.01 * math.sqrt(2 * math.log(8)), 1.75 * exposed / 1e8, 3 * 2 * 3 * 0.001 + 0.02
+    assert result["16_gpus_same_batch_speedup"] == pytest.approx(0.8 / (0.1 + wait + transfer + latency))

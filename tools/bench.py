@@ -15,6 +15,8 @@ import torch
 from benchmarks.compare import changes, differences, read_record
 from benchmarks.generate import GenerateSettings, bench_generate
 from benchmarks.kernel import KernelSettings, bench_kernel
+from benchmarks.project import ProjectSettings, bench_project
+from benchmarks.scale import ScaleSettings, bench_scale
 from benchmarks.settings import Settings, about
 from benchmarks.stream import StreamSettings, bench_stream
 from benchmarks.train import TrainSettings, bench_train
@@ -27,6 +29,8 @@ PARTS: dict[str, tuple[type[Settings], Callable[[Any, torch.device], dict[str, A
     "train": (TrainSettings, bench_train),
     "generate": (GenerateSettings, bench_generate),
     "stream": (StreamSettings, bench_stream),
+    "scale": (ScaleSettings, bench_scale),
+    "project": (ProjectSettings, bench_project),
 }
 
 
