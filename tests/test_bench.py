@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import Call, command
 from sashimi.model import ModelConfig, Sashimi
 
 SMALL = ["--repetitions", "1", "--n_layers", "1", "--length", "256", "--json"]
+OWN = {"batch": ["--largest", "2"]}
 
 
 @pytest.mark.parametrize(
@@ -20,15 +22,18 @@ SMALL = ["--repetitions", "1", "--n_layers", "1", "--length", "256", "--json"]
         ("generate", {"batch1_steps_per_s", "batch16_samples_per_s", "plain_batch1_steps_per_s", "batch1_of_floor"}),
         ("stream", {"samples_per_s", "webdataset_samples_per_s", "floor_samples_per_s", "of_floor"}),
         ("scale", {"alone_step_s", "apart_step_s", "together_step_s", "speedup", "small_reduce_s"}),
+        ("batch", {"train_batch1_samples_per_s", "generate_batch2_samples_per_s", "train_saturated_at"}),
         ("project", {"8_gpus_speedup", "64_gpus_same_batch_speedup", "512_gpus_read_mb_per_s"}),
     ],
 )
 def test_each_part_prints_its_figures(
     part: str, figures: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line of JSON, every figure a positive number. Mutations: leave a part out of `PARTS`; in
-    `moved_numbers`, count an input twice."""
-    command("tools/bench.py", [part, *SMALL], monkeypatch)
+    """One line of JSON, every figure a positive number.
+
+    Mutations: leave a part out of `PARTS`; in `moved_numbers`, count an input twice.
+    """
+    command("tools/bench.py", [part, *SMALL, *OWN.get(part, [])], monkeypatch)
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
     assert figures <= result.keys()
@@ -50,7 +55,7 @@ def test_each_part_prints_its_figures(
 def test_compare_shows_what_has_changed(call: Call, tmp_path: Path) -> None:
     """New over old for each figure, from the last line of the same part and settings; unlike places are warned of.
 
-    Mutations: swap old and new in `changes`; take `records[0]`; leave "threads" out of PLACE.
+    Mutations: swap old and new in `changes`; take `records[0]`; leave "torch" out of PLACE.
     """
     record = tmp_path / "record.json"
     small = ["kernel", "--repetitions", "1", "--length", "64", "--kernels", "[krylov]"]
@@ -65,11 +70,12 @@ def test_compare_shows_what_has_changed(call: Call, tmp_path: Path) -> None:
     assert float(row[1]) == pytest.approx(error / 2, rel=1e-3)
     assert "warning" not in answer.out
 
-    record.write_text(json.dumps(line | {"threads": 99, "device": "abacus"}))
+    other = line["settings"] | {"length": 65}
+    record.write_text(json.dumps(line | {"torch": "0.1", "device": "abacus", "settings": other}))
     answer = call("tools/bench.py", *small, "--compare", str(record), "--json")
     assert json.loads(answer.out)["krylov_error"] == error
     warnings = [row for row in answer.err.splitlines() if row.startswith("warning")]
-    assert [row.split()[1] for row in warnings] == ["device", "threads"]
+    assert [row.split()[1] for row in warnings] == ["device", "torch", "length"]
 
 
 @pytest.mark.parametrize(
@@ -143,3 +149,41 @@ def test_projection_by_hand(call: Call) -> None:
     assert result["4_gpus_same_batch_speedup"] == pytest.approx(0.8 / (result["4_gpus_step_ms"] / 1e3))
     wait, transfer, latency = 0.01 * math.sqrt(2 * math.log(8)), 1.75 * exposed / 1e8, 3 * 2 * 3 * 0.001 + 0.02
     assert result["16_gpus_same_batch_speedup"] == pytest.approx(0.8 / (0.1 + wait + transfer + latency))
+
+
+def test_curve(call: Call, tiny_shards: Path, tmp_path: Path) -> None:
+    """Both kernels from the same weights, evaluated at the start and at each mark; a plot with a line for each.
+
+    Mutation: leave out `load_state_dict` in `Racer`.
+    """
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "curve.svg"
+    small = "--length 256 --batch_size 4 --n_layers 1 --d_model 4 --seconds 0.3 --every 0.15".split()
+    answer = call("tools/bench.py", "curve", *small, "--data", str(tiny_shards), "--plot", str(plot), "--json")
+    result = json.loads(answer.out)
+    for kernel in ("krylov", "cauchy"):
+        assert result[f"{kernel}_steps"] * result[f"{kernel}_step_s"] >= 0.3
+        assert result[f"{kernel}_bits_after_0.3_s"] < result[f"{kernel}_bits_after_0_s"]
+    assert result["krylov_bits_after_0_s"] == result["cauchy_bits_after_0_s"]
+    assert b"</svg>" in plot.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("plot", "says"), [("figure.gif", "ends in .png or .svg"), ("nowhere/figure.png", "there is no folder")]
+)
+def test_a_plot_that_cannot_be(call: Call, tmp_path: Path, plot: str, says: str) -> None:
+    """One line, before anything is measured. Mutation: no `check_plot` in BatchSettings."""
+    pytest.importorskip("matplotlib")
+    answer = call("tools/bench.py", "batch", "--plot", str(tmp_path / plot))
+    assert (answer.code, answer.out) == (2, "")
+    assert f"plot={tmp_path / plot}" in answer.error
+    assert says in answer.error
+
+
+def test_matplotlib_is_optional(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it everything but --plot works, and that is one line. Mutation: import it at the top of plots.py."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    answer = call("tools/bench.py", "batch", "--plot", "figure.png")
+    assert (answer.code, answer.out) == (2, "")
+    assert "pip install matplotlib" in answer.error
+    assert call("tools/bench.py", "batch", "--repetitions", "1", "--length", "64", "--largest", "1").code == 0

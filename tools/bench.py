@@ -1,8 +1,16 @@
-"""Speed, with its floor: python tools/bench.py kernel|train|generate|stream [--json] [--compare FILE] [options].
+"""Speed, with its floor: python tools/bench.py PART [--json] [--compare FILE] [options]; PART --help lists these.
 
-Medians of several repetitions; what is compared takes turns in one process. The floors are measured in it too: the rate
-of a large float32 matrix product and of reading memory, on the same threads. Compare figures of one run, not of two;
---compare shows what has changed since a recorded one. `python tools/bench.py PART --help` lists a part's options.
+  kernel    one layer's convolution kernel, by each algorithm
+  train     a training step, beside the floors of products, FFTs and memory
+  generate  sample by sample, for one clip and for sixteen
+  stream    reading, decoding and quantizing
+  batch     throughput over batch size, in training and generation
+  scale     several ranks against one, and what they send
+  project   the same calculated for many GPUs
+  curve     bits per sample over seconds of training, by each kernel algorithm
+
+Medians of several repetitions; what is compared takes turns in one process, and the floors are measured in it too, on
+the same threads. Compare figures of one run, not of two; --compare shows what has changed since a recorded one.
 """
 
 import json
@@ -12,7 +20,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.batch import BatchSettings, bench_batch
 from benchmarks.compare import changes, differences, read_record
+from benchmarks.curve import CurveSettings, bench_curve
 from benchmarks.generate import GenerateSettings, bench_generate
 from benchmarks.kernel import KernelSettings, bench_kernel
 from benchmarks.project import ProjectSettings, bench_project
@@ -29,9 +39,13 @@ PARTS: dict[str, tuple[type[Settings], Callable[[Any, torch.device], dict[str, A
     "train": (TrainSettings, bench_train),
     "generate": (GenerateSettings, bench_generate),
     "stream": (StreamSettings, bench_stream),
+    "batch": (BatchSettings, bench_batch),
     "scale": (ScaleSettings, bench_scale),
     "project": (ProjectSettings, bench_project),
+    "curve": (CurveSettings, bench_curve),
 }
+
+OUTPUT = ("json", "compare", "plot")  # options that change no figure
 
 
 def main() -> None:
@@ -43,10 +57,10 @@ def main() -> None:
     if part not in PARTS:
         raise InputError(f"part={one_line(part, 100)}: begin with one of {', '.join(PARTS)}")
     kind, measure = PARTS[part]
-    config = parse(kind, argv, f"bench.py {part}", __doc__ or "")
+    config = parse(kind, argv, f"bench.py {part}", measure.__doc__ or "")
     if config.threads:
         torch.set_num_threads(config.threads)
-    settings = {name: value for name, value in to_dict(config).items() if name not in ("json", "compare")}
+    settings = {name: value for name, value in to_dict(config).items() if name not in OUTPUT}
     old = None if config.compare is None else read_record(config.compare, part, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = measure(config, device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from sashimi.errors import InputError
 
-PLACE = ("device", "threads", "torch", "settings")  # figures that differ in one of these are not alike
+PLACE = ("device", "threads", "torch")  # beside the settings: figures that differ in one of these are not alike
 
 
 def read_record(file: str, part: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -42,11 +42,17 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[float, 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What else than the code may have changed the figures, a line each."""
+    was, now = _place(old), _place(new)
     return [
-        f"{name} was {json.dumps(old.get(name))}, is {json.dumps(new[name])}: these figures do not compare"
-        for name in PLACE
-        if old.get(name) != new[name]
+        f"{name} was {json.dumps(was.get(name))}, is {json.dumps(value)}: these figures do not compare"
+        for name, value in now.items()
+        if was.get(name) != value
     ]
+
+
+def _place(record: dict[str, Any]) -> dict[str, Any]:
+    settings = record.get("settings")
+    return {name: record.get(name) for name in PLACE} | (settings if isinstance(settings, dict) else {})
 
 
 def _is_figure(name: str, value: Any) -> bool:
