@@ -16,6 +16,7 @@ the same threads. Compare figures of one run, not of two; --compare shows what h
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def main() -> None:
     settings = {name: value for name, value in to_dict(config).items() if name not in OUTPUT}
     old = None if config.compare is None else read_record(config.compare, part, settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures = measure(config, device)
+    with redirect_stdout(sys.stderr):  # libraries that compile say so, which is no part of the report
+        figures = measure(config, device)
     report = {"part": part, **figures, **about(device), "settings": settings}
     if config.json:
         print(json.dumps(report))

@@ -52,7 +52,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _place(record: dict[str, Any]) -> dict[str, Any]:
     settings = record.get("settings")
-    return {name: record.get(name) for name in PLACE} | (settings if isinstance(settings, dict) else {})
+    return (settings if isinstance(settings, dict) else {}) | {name: record.get(name) for name in PLACE}
 
 
 def _is_figure(name: str, value: Any) -> bool:

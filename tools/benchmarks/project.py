@@ -104,7 +104,8 @@ def step_time(config: ProjectSettings, gradient_bytes: float, gpus: int, batch_s
 def bench_project(config: ProjectSettings, device: torch.device) -> dict[str, float]:
     """For each number of GPUs what becomes of a step; measures nothing.
 
-    speedup: samples a second in relation to one GPU, at the same batch a GPU. read_mb_per_s: from the shards, then.
+    speedup: samples a second in relation to one GPU, at the same batch a GPU. reads_per_s, read_mb_per_s: segments and
+    bytes from the shards, then.
     same_batch_speedup: steps a second in relation to one GPU that takes the whole of `global_batch`; GPUs beyond one a
     segment have nothing to do.
     """
@@ -114,6 +115,7 @@ def bench_project(config: ProjectSettings, device: torch.device) -> dict[str, fl
         time = step_time(config, 4 * weights, gpus, config.batch_size)
         busy = min(gpus, config.global_batch)
         same = step_time(config, 4 * weights, busy, math.ceil(config.global_batch / busy))
+        reads = gpus * config.batch_size / time.total
         figures = {
             "step_ms": 1e3 * time.total,
             "compute_share": time.compute / time.total,
@@ -122,7 +124,8 @@ def bench_project(config: ProjectSettings, device: torch.device) -> dict[str, fl
             "latency_share": time.latency / time.total,
             "speedup": gpus * time.compute / time.total,
             "global_batch": gpus * config.batch_size,
-            "read_mb_per_s": gpus * config.batch_size * config.length * config.bytes_per_sample / time.total / 1e6,
+            "reads_per_s": reads,
+            "read_mb_per_s": reads * config.length * config.bytes_per_sample / 1e6,
             "same_batch_speedup": compute_time(config, config.global_batch) / same.total,
         }
         result |= {f"{gpus}_gpus_{name}": value for name, value in figures.items()}
