@@ -83,24 +83,24 @@ def test_compare_shows_what_has_changed(call: Call, tmp_path: Path) -> None:
     [
         (None, "No such file or directory"),
         (b"\xff\xfe", "is not a text file"),
-        (b'{"part": "kernel"}\nkrylov_s 0.1', "line 2 is not JSON"),
+        (b'{"part": "train"}\nstep_s 0.1', "line 2 is not JSON"),
         (b"[1, 2]", "line 1 is not a record of figures"),
-        (b'{"part": "train", "step_s": 1}', "has no line of part kernel"),
-        (b"", "has no line of part kernel"),
+        (b'{"part": "kernel", "krylov_s": 1}', "has no line of part train"),
+        (b"", "has no line of part train"),
     ],
 )
 def test_compare_refuses_a_wrong_file(call: Call, tmp_path: Path, content: bytes | None, says: str) -> None:
     """One line that names the file and the remedy, before anything is measured.
 
-    Mutation: read the file after `measure` (each case would take as long as the measurement and print its figures).
+    Mutation: read the file after `measure` (this step has no room in any memory, and would be what is complained of).
     """
     record = tmp_path / "record.json"
     if content is not None:
         record.write_bytes(content)
-    answer = call("tools/bench.py", "kernel", "--compare", str(record))
+    answer = call("tools/bench.py", "train", "--length", str(10**13), "--compare", str(record))
     assert (answer.code, answer.out) == (2, "")
     assert f"compare={record}: {says}" in answer.error
-    assert "bench.py kernel --json" in answer.error
+    assert "bench.py train --json" in answer.error
 
 
 def test_a_part_that_is_not_there(call: Call) -> None:
@@ -172,9 +172,12 @@ def test_curve(call: Call, tiny_shards: Path, tmp_path: Path) -> None:
     ("plot", "says"), [("figure.gif", "ends in .png or .svg"), ("nowhere/figure.png", "there is no folder")]
 )
 def test_a_plot_that_cannot_be(call: Call, tmp_path: Path, plot: str, says: str) -> None:
-    """One line, before anything is measured. Mutation: no `check_plot` in BatchSettings."""
+    """One line, before anything is measured (which no memory is large enough for).
+
+    Mutation: no `check_plot` in BatchSettings.
+    """
     pytest.importorskip("matplotlib")
-    answer = call("tools/bench.py", "batch", "--plot", str(tmp_path / plot))
+    answer = call("tools/bench.py", "batch", "--length", str(10**13), "--plot", str(tmp_path / plot))
     assert (answer.code, answer.out) == (2, "")
     assert f"plot={tmp_path / plot}" in answer.error
     assert says in answer.error
