@@ -10,9 +10,9 @@ from benchmarks.plots import check_plot, plot
 from benchmarks.settings import Settings
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, build_optimizer
 from sashimi.sampler import Drawing, make_engine
-from sashimi.trainer import Objective
 
 _GAIN = 1.05  # what a larger batch must bring
 _PATIENCE = 3  # doublings in a row that bring less: an engine may have other code for small batches than for large ones

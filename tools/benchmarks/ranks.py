@@ -16,9 +16,9 @@ from benchmarks.floors import synchronize
 from benchmarks.scale import ScaleSettings
 from sashimi.distributed import Distributed, run_command
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, build_optimizer
 from sashimi.parsing import parse
-from sashimi.trainer import Objective
 
 
 def make_step(config: ScaleSettings, dist: Distributed, prepared: bool, together: bool) -> Callable[[], None]:
