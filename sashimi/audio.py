@@ -70,14 +70,18 @@ class Quantizer:
         y = torch.arange(self.levels, dtype=torch.float32) / self.silence - 1
         mu = self.levels - 1
         self.amplitudes = y.sign() * (torch.pow(self.levels, y.abs()) - 1) / mu if self.mu_law else y
+        self.fixed = None if self.minmax else self.encode(int16_values(-32768, 32767))
 
     def encode(self, audio: Tensor) -> Tensor:
         """Audio (..., L), floating point in [-1, 1], to levels (..., L), int64; louder audio is clipped.
 
-        InputError if it is not floating point, or not finite.
+        Segments (L,) of int16 are taken as x / 32768 and give the same levels, mostly much faster. InputError if audio
+        is of another type, or not finite.
         """
+        if audio.dtype == torch.int16 and audio.dim() == 1 and len(audio):
+            return self._look_up(audio)
         if not audio.is_floating_point():
-            raise InputError(f"audio: must be floating point in [-1, 1], not {audio.dtype}")
+            raise InputError(f"audio: must be floating point in [-1, 1], or one segment of int16, not {audio.dtype}")
         if not audio.isfinite().all():
             raise InputError("audio: NaN or infinite samples have no level; leave the recording out")
         if self.minmax:
@@ -93,6 +97,16 @@ class Quantizer:
             )
         return self.amplitudes.to(ids.device)[ids]
 
+    def _look_up(self, audio: Tensor) -> Tensor:
+        """Levels of int16 audio (L,) from a table of those of all the values that it may have."""
+        low, table = -32768, self.fixed
+        if table is None:
+            low, high = (int(bound) for bound in audio.aminmax())
+            if high - low >= len(audio):
+                return self._encode_minmax(audio / 32768)
+            table = self._encode_minmax(int16_values(low, high))
+        return table.to(audio.device).index_select(0, audio.int() - low)
+
     def _compress(self, x: Tensor) -> Tensor:
         mu = torch.tensor(self.levels - 1, dtype=x.dtype, device=x.device)
         return x.sign() * torch.log1p(mu * x.abs()) / torch.log1p(mu)
@@ -105,6 +119,11 @@ class Quantizer:
             mu = torch.tensor(self.levels - 1, dtype=x.dtype, device=x.device)
             unit = (x.sign() * (torch.log1p(mu * (x + 1e-8).abs()) / torch.log1p(mu)) + 1) / 2
         return (unit * (self.levels - 0.01) + 0.005).long()
+
+
+def int16_values(low: int, high: int) -> Tensor:
+    """The 16-bit samples from `low` to `high` as floating point audio (high - low + 1,)."""
+    return torch.arange(low, high + 1, dtype=torch.int16) / 32768
 
 
 class AudioFault(InputError):

@@ -14,6 +14,7 @@ import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,9 @@ import soundfile as sf
 
 from sashimi.atomic import MANIFEST, from_json, read_json, write_file, write_json
 from sashimi.errors import InputError, one_line
+from sashimi.grid import first_row
 from sashimi.shard_rules import clip_fault, index_fault, manifest_fault
-from sashimi.store import Entry, RemoteFile, RemoteFolder, locate, read_local
+from sashimi.store import Entry, RemoteFile, RemoteFolder, locate, open_local
 
 FORMAT = "sashimi-shards-1"
 SPLITS = ("train", "valid", "test")
@@ -59,8 +61,6 @@ class Split:
 
     It holds no open file and no connection that others would use, so it may be pickled and forked freely. `index` is
     a memory map (rows,) of INDEX_DTYPE, for a remote folder of this node's copy; `checksums` are the shards' SHA-256.
-    Recording r has `recording_samples[r]` samples, int64 (R,), in the index rows from `recording_first[r]` to
-    `recording_first[r + 1]`, int64 (R + 1,).
     """
 
     def __init__(
@@ -79,15 +79,15 @@ class Split:
         self.shard_names = [shard.name for shard in shards]
         self.checksums = [shard.sha256 for shard in shards]
         self.labels = labels
-        self.index = index
+        self.index = np.asarray(index)  # each of a memmap's own fields and rows would be a memmap, which is slow
         self.n_recordings = int(index["recording"][-1]) + 1
-        bounds = np.arange(self.n_recordings + 1, dtype=index["recording"].dtype)
-        self.recording_first = np.searchsorted(index["recording"], bounds).astype(np.int64)
-        sums = np.add.reduceat(index["samples"], self.recording_first[:-1], dtype=np.int64)
-        self.recording_samples: np.ndarray = np.asarray(sums)
 
     def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Path | RemoteFolder, str]]:
         return open_split, (self.folder, self.name)  # a memory map would be pickled as a full copy
+
+    def rows(self, recording: int) -> np.ndarray:
+        """The index rows of a recording."""
+        return self.index[first_row(self.index, recording) : first_row(self.index, recording + 1)]
 
     def read(self, recording: int, start: int, samples: int) -> np.ndarray:
         """Samples start .. start + samples of a recording, int16 (samples,), across its chunks.
@@ -95,8 +95,8 @@ class Split:
         Raises DamagedMember if a chunk it needs is missing, cut or damaged (flac frames carry checksums).
         """
         stop = start + samples
-        assert 0 <= start <= stop <= self.recording_samples[recording], (recording, start, samples)
-        rows = self.index[self.recording_first[recording] : self.recording_first[recording + 1]]
+        rows = self.rows(recording)
+        assert 0 <= start <= stop <= rows["start"][-1] + np.uint64(rows["samples"][-1]), (recording, start, samples)
         chunk = int(np.searchsorted(rows["start"], np.uint64(start), side="right")) - 1
         out = np.empty(samples, np.int16)
         done = 0
@@ -111,7 +111,7 @@ class Split:
 
     def recording_name(self, recording: int) -> str:
         """Key of a recording, for messages: its number in the plan and the stem of its source file."""
-        row = self.index[self.recording_first[recording]]
+        row = self.rows(recording)[0]
         name = member_name(self._shard(row), row)
         return name.rpartition("-")[0] if name.endswith(".flac") else f"number {recording}"
 
@@ -200,6 +200,13 @@ def _check(folder: Path | RemoteFolder, option: str = "") -> str:
     return command if isinstance(folder, Path) else f"{command} on a copy of the folder"
 
 
+class _Clip(sf.SoundFile):
+    """A flac of which one stretch is read. Else soundfile seeks once more after it, which decodes another frame."""
+
+    def seekable(self) -> bool:
+        return False
+
+
 def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, sample_rate: int) -> np.ndarray:
     """Samples start .. start + samples of the clip of one index row, int16 (samples,).
 
@@ -207,8 +214,7 @@ def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, 
     """
 
     def read() -> tuple[np.ndarray, int]:
-        data = read_bytes(shard, int(row["offset"]), int(row["bytes"]))
-        with sf.SoundFile(io.BytesIO(data)) as flac:
+        with open_bytes(shard, int(row["offset"]), int(row["bytes"])) as file, _Clip(file) as flac:
             flac.seek(start)
             return flac.read(samples, dtype="int16"), flac.samplerate
 
@@ -235,15 +241,15 @@ def member_name(shard: Path | RemoteFile, row: np.void) -> str:
     """Name of the flac of one index row, from the tar header before it; for messages, so it never fails."""
     header_at = int(row["offset"]) - tarfile.BLOCKSIZE
     try:
-        header = read_bytes(shard, header_at, tarfile.BLOCKSIZE)
-        return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+        with open_bytes(shard, header_at, tarfile.BLOCKSIZE) as file:
+            return tarfile.TarInfo.frombuf(file.read(), "utf-8", "replace").name
     except (OSError, tarfile.HeaderError):
         return f"the member at byte {header_at}"
 
 
-def read_bytes(shard: Path | RemoteFile, offset: int, size: int) -> bytes:
-    """`size` bytes of a shard from `offset` on. All random reading goes through here. OSError if it cannot."""
-    return read_local(shard, offset, size) if isinstance(shard, Path) else shard.read(offset, size)
+def open_bytes(shard: Path | RemoteFile, offset: int, size: int) -> AbstractContextManager[io.BufferedIOBase]:
+    """`size` bytes of a shard from `offset` on, as a file. All random reading is done here. OSError if it cannot."""
+    return open_local(shard, offset, size) if isinstance(shard, Path) else shard.open(offset, size)
 
 
 class ShardScan(NamedTuple):

@@ -14,6 +14,7 @@ Here it is a `pathlib.Path`, read as ever. Elsewhere it is a `RemoteFolder`:
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -23,9 +24,9 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from sashimi.atomic import UNFINISHED, read_json, write_file, write_json
@@ -35,6 +36,7 @@ from sashimi.remote import SCHEMES, Client, Unreachable
 REQUESTS = 32  # sizes asked for at once
 CHECKED_SECONDS = 600  # sizes of shards found right by one process are right for the others of its node this long
 LOCK_SECONDS = 600  # longest wait for another process of this node
+BUFFER = 1 << 15  # bytes asked of a local file at once, where not all of a stretch is needed
 STALE_SECONDS = 3600  # an unfinished file of the cache that nobody has written to for so long is deleted
 
 
@@ -145,12 +147,15 @@ class RemoteFile(NamedTuple):
     def __str__(self) -> str:
         return f"{self.folder.url}/{self.entry.name}"
 
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on: from the cache if there is one, else by one request. Raises Unreachable."""
+    def open(self, offset: int, size: int) -> AbstractContextManager[io.BufferedIOBase]:
+        """`size` bytes from `offset` on, as a file: from the cache if there is one, else by one request, at once.
+
+        Raises Unreachable.
+        """
         path = self._cached()
         if path is None:
-            return self.folder.client.read(str(self), offset, size, self.entry.bytes)
-        return read_local(path, offset, size)
+            return io.BytesIO(self.folder.client.read(str(self), offset, size, self.entry.bytes))
+        return open_local(path, offset, size)
 
     def mend(self) -> bool:
         """After bytes that make no sense: whether it is worthwhile to read them once more.
@@ -240,14 +245,59 @@ def locate(place: str | Path, cache: str | None = None) -> Path | RemoteFolder:
     return RemoteFolder(place.rstrip("/"), None if cache is None else Path(cache))
 
 
-def read_local(path: Path, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset` on. OSError if it is missing or too short."""
-    with open(path, "rb", buffering=0) as file:  # opened anew: cheap beside decoding, and safe to fork and pickle
-        file.seek(offset)
-        data = file.read(size)
-    if len(data) != size:
-        raise OSError(f"the file ends {size - len(data)} bytes too early")
-    return data
+class Stretch(io.RawIOBase):
+    """Some bytes of a local file, as a file of their own; what nobody asks for is not read.
+
+    A decoder calls it from C, where no error can be raised: `error` keeps the first one, and the file ends there.
+    """
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        """OSError if the file is missing or too short."""
+        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- each time anew: cheap beside decoding, safe to fork
+        self.offset, self.size, self.place = offset, size, 0
+        self.error: OSError | None = None
+        missing = offset + size - os.fstat(self.file.fileno()).st_size
+        if missing > 0:
+            self.close()
+            raise OSError(f"the file ends {min(missing, size)} bytes too early")
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
+        return self.place
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(0, self.size - self.place)]
+        try:
+            count = os.preadv(self.file.fileno(), [view], self.offset + self.place)
+        except OSError as error:
+            self.error = self.error or error
+            return 0
+        self.place += count
+        return count
+
+
+@contextmanager
+def open_local(path: Path, offset: int, size: int) -> Iterator[io.BufferedReader]:
+    """`size` bytes of a file from `offset` on, as a file. OSError if it is missing, too short, or cannot be read."""
+    with Stretch(path, offset, size) as stretch:
+        try:
+            yield io.BufferedReader(stretch, BUFFER)
+        finally:
+            if stretch.error:
+                raise stretch.error
 
 
 def _has_size(path: Path, size: int) -> bool:

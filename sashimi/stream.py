@@ -1,13 +1,12 @@
 """Positions of the training order -> segments of recordings -> batches of levels.
 
 The stream keeps nothing but a count: the position, in segments, from which it starts. Which segment a position
-holds and where that segment lies is arithmetic (`order`, `Grid`), and reading it is one random access to a shard
+holds and where that segment lies is arithmetic (`order`, `grid`), and reading it is one random access to a shard
 (`Segments`), done by torch's DataLoader in background workers. Each rank builds its own stream and reads its own
 part of every global batch, so the loader must not be handed to `Accelerator.prepare`, which would divide it again.
 """
 
 import hashlib
-import heapq
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -22,11 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
+from sashimi.grid import FILLER, Cuts, Grid, Tail
 from sashimi.order import (
-    FILLER,
     Int64s,
     accumulation_steps,
-    crop_offset,
     epoch_of,
     passages,
     played_at,
@@ -34,8 +32,6 @@ from sashimi.order import (
     segment_at,
 )
 from sashimi.shards import DamagedMember, Split, open_split
-
-INT16_FULL_SCALE = 32768.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class DataConfig:
     machines may share it, and what is in it may be deleted between runs. Left out: each segment is one request."""
     segment: int = 16000
     """Length of a segment in samples: what the model trains on at once. The model's pooling must divide it."""
-    tail: Literal["drop", "pad"] = "pad"
+    tail: Tail = "pad"
     """The end of a recording that fills no whole segment: `pad` makes it a shorter segment of its own, filled up with
     silence that is not scored; `drop` leaves it out. A recording shorter than one segment is padded either way."""
     crop: bool = False
@@ -116,77 +112,6 @@ class Place(NamedTuple):
 ALONE = Place()
 
 
-class Cuts(NamedTuple):
-    """Where segments lie: three int64 arrays of one shape."""
-
-    recordings: Int64s
-    starts: Int64s
-    """First sample, within the recording."""
-    samples: Int64s
-    """Samples that the recording has for this segment, at most its length; 0 for FILLER."""
-
-
-class Grid:
-    """The segments of a split, numbered through its recordings; with a table of 8 bytes a recording, no more.
-
-    A recording of M samples has, for segments of L samples, max(1, ⌊M/L⌋) of them (`tail: drop`) or ⌈M/L⌉ (`pad`).
-    They lie end to end from sample 0, or with `crop` from an offset that is drawn for each epoch and recording:
-
-    - `drop`: from [0, M mod L]. All segments are whole. The samples before the first and after the last one, M mod L
-      together, are left out in this epoch; so a recording's ends are seen less often than its middle.
-    - `pad`: from [0, M mod L − 1], or 0 if M mod L is 0. The last segment is the shorter by the offset and keeps at
-      least one sample. The samples before the first one are left out in this epoch; so only its beginning is seen
-      less often.
-    - A recording shorter than L is one padded segment and is never shifted: it is there as a whole in each epoch.
-
-    So the number of segments does not depend on the offset, and segments stay inside their recording.
-    """
-
-    def __init__(self, recording_samples: Int64s, data: DataConfig) -> None:
-        self.recording_samples = recording_samples
-        self.data = data
-        beyond = data.segment - 1 if data.tail == "pad" else 0
-        counts = np.maximum(1, (recording_samples + beyond) // data.segment)
-        self.first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        self.n_segments = int(self.first[-1])
-
-    def cut(self, ids: Int64s) -> Cuts:
-        """Places of the segments `ids` (any shape; FILLER allowed), not shifted."""
-        recordings = np.searchsorted(self.first, ids, side="right") - 1
-        starts = (ids - self.first[recordings]) * self.data.segment
-        samples = np.minimum(self.data.segment, self.recording_samples[recordings] - starts)
-        return Cuts(recordings, starts, np.where(ids == FILLER, 0, samples))
-
-    def crop(self, cuts: Cuts, seed: int, epochs: Int64s) -> Cuts:
-        """The same segments, shifted by the offsets of `epochs`."""
-        lengths = self.recording_samples[cuts.recordings]
-        rest = lengths % self.data.segment
-        slack = rest if self.data.tail == "drop" else np.maximum(rest - 1, 0)
-        slack = np.where(lengths < self.data.segment, 0, slack)
-        starts = cuts.starts + crop_offset(seed, epochs, cuts.recordings, slack)
-        samples = np.minimum(self.data.segment, lengths - starts)
-        return Cuts(cuts.recordings, starts, np.where(cuts.samples, samples, 0))
-
-    def lanes(self, rows: int, rank: int, world_size: int) -> Int64s:
-        """Segments that a rank's rows play one after another, whole recordings: ids (steps, up to `rows`), then FILLER.
-
-        Recordings, the longest first, go to the row of any rank that has least to do so far.
-        """
-        to_do = [(0, lane) for lane in range(rows * world_size)]  # a heap: segments, row · world_size + rank
-        own: dict[int, list[Int64s]] = {lane: [] for lane in range(rank, len(to_do), world_size)}
-        for recording in np.argsort(-np.diff(self.first), kind="stable"):
-            ids = np.arange(*self.first[recording : recording + 2])
-            segments, lane = to_do[0]
-            heapq.heapreplace(to_do, (segments + len(ids), lane))
-            if lane in own:
-                own[lane].append(ids)
-        played = [np.concatenate(recordings) for recordings in own.values() if recordings]
-        plan = np.full((max(to_do)[0], max(1, len(played))), FILLER)
-        for row, ids in enumerate(played):
-            plan[: len(ids), row] = ids
-        return plan
-
-
 class Segments(Dataset[Batch]):
     """`segments[positions]` is the Batch of these positions (B,) of the training order of `seed`.
 
@@ -210,40 +135,45 @@ class Segments(Dataset[Batch]):
         self.split = split
         self.data = data
         self.seed, self.batch_size = seed, batch_size
-        self.grid = Grid(split.recording_samples, data)
+        self.grid = Grid(split.index, data.segment, data.tail)
         self.quantizer = Quantizer(audio)
 
     def __getitem__(self, positions: Int64s) -> Batch:
         ids, cuts, begins = self._locate(positions)
-        rows, L = len(ids), self.data.segment
-        levels = torch.full((rows, 1 + L), self.quantizer.silence)  # one level of silence before each segment
-        mask = torch.zeros(rows, L, dtype=torch.bool)
-        faults = []
-        for row in np.flatnonzero(cuts.samples):
-            recording, start, samples = (int(field[row]) for field in cuts)
+        audio, faults = self._read(ids, cuts)  # before all arithmetic, so that each has the processor's cache in turn
+        targets = torch.full((len(ids), self.data.segment), self.quantizer.silence)
+        mask = torch.zeros(targets.shape, dtype=torch.bool)
+        for row, samples in audio.items():
+            targets[row, : len(samples)] = self.quantizer.encode(torch.from_numpy(samples))
+            mask[row, : len(samples)] = True
+        inputs = torch.cat([torch.full((len(ids), 1), self.quantizer.silence), targets[:, :-1]], dim=1)
+        return Batch(inputs, targets, mask, torch.from_numpy(ids), torch.from_numpy(begins), tuple(faults))
+
+    def _read(self, ids: Int64s, cuts: Cuts) -> tuple[dict[int, np.ndarray], list[str]]:
+        """The int16 samples of each row that has any, and a line for each that should have."""
+        audio, faults = {}, []
+        for row in np.flatnonzero(cuts.samples).tolist():
+            recording, start, samples = (int(field[row]) for field in cuts[:3])
             try:
-                audio = self.split.read(recording, start, samples)
+                audio[row] = self.split.read(recording, start, samples)
             except DamagedMember as damage:
                 place = _describe(self.split, recording, start, samples)
                 faults.append(f"{damage} (segment {ids[row]}: {place})")
-                continue
-            levels[row, 1 : 1 + samples] = self.quantizer.encode(torch.from_numpy(audio) / INT16_FULL_SCALE)
-            mask[row, :samples] = True
-        inputs, targets = levels[:, :-1].contiguous(), levels[:, 1:].contiguous()
-        resets = torch.from_numpy(begins | (ids == self.grid.first[cuts.recordings]))
-        return Batch(inputs, targets, mask, torch.from_numpy(ids), resets, tuple(faults))
+        return audio, faults
 
     def _locate(self, positions: Int64s) -> tuple[Int64s, Cuts, NDArray[np.bool_]]:
         """Segments, where they lie, and whether they begin a passage; recordings begin one in any case."""
         n, carry = self.grid.n_segments, self.data.carry
         if self.seed is None:
-            return positions, self.grid.cut(positions), np.full(positions.shape, carry == 0)
+            cuts = self.grid.cut(positions)
+            return positions, cuts, cuts.first | (carry == 0)
         if carry:
             ids, epochs, begins = played_at(positions, n, self.seed, carry, self.batch_size)
         else:
             ids, epochs = segment_at(positions, n, self.seed), epoch_of(positions, n)
             begins = np.full(ids.shape, True)
         cuts = self.grid.cut(ids)
+        begins = begins | cuts.first
         if self.data.crop:
             cuts = self.grid.crop(cuts, self.seed, epochs)
         return ids, cuts, begins
@@ -341,13 +271,13 @@ class TrainingData:
 
 def n_segments(split: Split, data: DataConfig) -> int:
     """Segments of a split, each of which is in an epoch once."""
-    return Grid(split.recording_samples, data).n_segments
+    return Grid(split.index, data.segment, data.tail).n_segments
 
 
 def describe_segment(split: Split, data: DataConfig, segment_id: int) -> str:
     """Where a segment lies, for messages: "recording NAME, samples a..b", before any random crop."""
-    cuts = Grid(split.recording_samples, data).cut(np.array([segment_id]))
-    return _describe(split, *(int(field[0]) for field in cuts))
+    cuts = Grid(split.index, data.segment, data.tail).cut(np.array([segment_id]))
+    return _describe(split, *(int(field[0]) for field in cuts[:3]))
 
 
 def _describe(split: Split, recording: int, start: int, samples: int) -> str:

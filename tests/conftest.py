@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from sashimi.shard_writer import write_split
+from sashimi.shards import Split
 
 ROOT = Path(__file__).parent.parent
 RATE = 8000
@@ -196,3 +197,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in missing.items():
             if reason and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def recording_lengths(split: Split) -> list[int]:
+    """Samples of each recording of a split."""
+    return [int(split.rows(recording)["samples"].sum()) for recording in range(split.n_recordings)]

@@ -10,7 +10,16 @@ import soundfile as sf
 import soxr
 import torch
 
-from sashimi.audio import AudioConfig, AudioFault, Quantizer, iter_audio, read_audio, read_header, write_wav
+from sashimi.audio import (
+    AudioConfig,
+    AudioFault,
+    Quantizer,
+    QuantizerName,
+    iter_audio,
+    read_audio,
+    read_header,
+    write_wav,
+)
 from sashimi.errors import InputError
 
 RATE = 16000
@@ -246,3 +255,22 @@ def test_written_wav_is_read_back(tmp_path: Path) -> None:
     top = 32767 / 32768
     assert read_audio(tmp_path / "x.wav", 8000).tolist() == [0.0, 0.25, -1.0, top, top, -1.0, 1 / 32768]
     assert sf.info(tmp_path / "x.wav").subtype == "PCM_16"
+
+
+@pytest.mark.parametrize("bits", [8, 11, 16])
+@pytest.mark.parametrize("name", QuantizerName.__args__)
+def test_int16_has_the_levels_of_the_formula(name: str, bits: int) -> None:
+    """All 65,536 values, in segments of any length and range; so that a table is never a level off.
+
+    Mutations: in `_look_up`, `high - low > len(audio)` with `int16_values(low, high - 1)`; `low = -32767`; divide by
+    32767 in `int16_values`.
+    """
+    quantizer = Quantizer(AudioConfig(quantizer=name, bits=bits))
+    values = torch.arange(-32768, 32768).to(torch.int16)
+    rng = np.random.default_rng(bits)
+    segments = [values, values[[0]], values.repeat(2), values[::7], values[32768:32769].repeat(3)]
+    for length in (2, 17, 1000, 20_000):
+        loudest = int(rng.integers(1, 2 * length))
+        segments.append(torch.from_numpy(rng.integers(-loudest, loudest, length).clip(-32768, 32767).astype(np.int16)))
+    for segment in segments:
+        assert torch.equal(quantizer.encode(segment), quantizer.encode(segment / 32768))

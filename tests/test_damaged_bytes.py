@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile as sf
 import torch
+from conftest import recording_lengths
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -78,8 +79,7 @@ def read_split(folder: Path) -> Any:
 
 
 def read_all(split: Any) -> Any:
-    samples = [int(n) for n in split.recording_samples]
-    return split.sample_rate, [split.read(r, 0, n).tobytes() for r, n in enumerate(samples)]
+    return split.sample_rate, [split.read(r, 0, n).tobytes() for r, n in enumerate(recording_lengths(split))]
 
 
 def read_checkpoint(folder: Path) -> Any:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, curve, launch, metrics
+from conftest import TINY, command, curve, launch, metrics, recording_lengths
 from faulty import Server, folder_source, forward_source, serve
 from test_atomic import disk_of
 
@@ -162,8 +162,8 @@ def whole_split(split: Split) -> Batch:
 def segments_of(split: Split, shard: int) -> np.ndarray:
     """Which rows of `whole_split` lie in that shard: bool (segments,)."""
     grid = Segments(split, DATA, AUDIO, seed=None).grid
-    shards = split.index["shard"][split.recording_first[:-1]]
-    return np.repeat(shards, np.diff(grid.first)) == shard
+    shards = np.array([split.rows(recording)["shard"][0] for recording in range(split.n_recordings)])
+    return shards[grid.cut(np.arange(grid.n_segments)).recordings] == shard
 
 
 # ---- the same batches
@@ -186,7 +186,7 @@ def test_ranges_ask_once_for_each_chunk(http: Served) -> None:
     split = open_split(http.url, "train")
     before = len(http.server.requests)
     split.read(2, 700, 1400)  # of three chunks of 900 samples
-    first, *_ = rows = split.index[split.recording_first[2] : split.recording_first[3]]
+    first, *_ = rows = split.rows(2)
     ranges = [f"bytes={row['offset']}-{row['offset'] + row['bytes'] - 1}" for row in rows]
     assert [request.range for request in http.server.requests[before:]] == ranges
     assert first["bytes"] < 900 * 3
@@ -295,7 +295,7 @@ def test_law_8_a_damaged_member_is_masked_and_named(http: Served, noise: Path, c
     Mutations: in `RemoteFile._cached`, return `path` whatever its checksum; in `_download`, drop the check of it.
     """
     local = open_split(noise, "train")
-    row = local.index[local.recording_first[3]]  # the first recording of the second shard
+    row = local.rows(3)[0]  # the first recording of the second shard
     assert http.folder is not None
     with open(http.folder / local.shard_names[row["shard"]], "r+b") as tar:
         tar.seek(int(row["offset"]) + int(row["bytes"]) // 2)
@@ -452,7 +452,7 @@ def test_copies_are_of_what_the_server_has_now(http: Served, noise: Path, node: 
     assert_same([whole_split(sent)], [whole_split(open_split(noise, "train"))])
 
     write_split(http.folder, "train", {"new": np.arange(1000, dtype=np.int16)}, 8000)
-    assert open_split(http.url, "train").recording_samples.tolist() == [1000, *LENGTHS[3:]]
+    assert recording_lengths(open_split(http.url, "train")) == [1000, *LENGTHS[3:]]
 
 
 @pytest.mark.parametrize("left", [None, 0, 1000])

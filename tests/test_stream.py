@@ -3,7 +3,7 @@
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +15,13 @@ from hypothesis import strategies as st
 
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
+from sashimi.grid import FILLER, Grid
 from sashimi.order import segment_at
 from sashimi.shard_writer import write_split
-from sashimi.shards import Split, open_split
+from sashimi.shards import INDEX_DTYPE, Split, open_split
 from sashimi.stream import (
-    FILLER,
     Batch,
     DataConfig,
-    Grid,
     Place,
     Segments,
     describe_segment,
@@ -130,25 +129,66 @@ def test_law_8_counts_of_segments(split: Split) -> None:
     """Mutation: in `Grid`, `np.maximum(0, …)`; or `beyond = data.segment`."""
     per_recording = {"drop": [1, 1, 3, 9, 1, 2, 1, 15, 2, 1], "pad": [1, 1, 4, 9, 1, 3, 1, 16, 3, 2]}
     for tail, counts in per_recording.items():
-        grid = Grid(split.recording_samples, replace(DATA, tail=tail))
-        assert np.diff(grid.first).tolist() == counts
+        grid = Grid(split.index, L, tail)
+        assert np.bincount(grid.cut(np.arange(grid.n_segments)).recordings).tolist() == counts
         assert grid.n_segments == sum(counts)
+
+
+def index_of(lengths: Sequence[int], chunk: int) -> np.ndarray:
+    """An index of recordings of these lengths in chunks of `chunk` samples."""
+    rows = [(r, start, min(chunk, n - start)) for r, n in enumerate(lengths) for start in range(0, n, chunk)]
+    index = np.zeros(len(rows), INDEX_DTYPE)
+    for name, values in zip(("recording", "start", "samples"), zip(*rows, strict=True), strict=True):
+        index[name] = values
+    return index
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.one_of(st.integers(1, 40), st.integers(1, 2000)), min_size=1, max_size=100),
+    segment=st.integers(1, 90),
+    chunk=st.integers(1, 90),
+    tail=st.sampled_from(["drop", "pad"]),
+)
+def test_law_8_each_segment_lies_where_a_table_of_all_recordings_puts_it(
+    lengths: list[int], segment: int, chunk: int, tail: str
+) -> None:
+    """Over many blocks of the index, within which recordings begin, go on and end.
+
+    Mutations: in `Grid.cut`, `side="left"`; in `Grid._counts`, drop `short`, or `before = stop // L - 1`; in
+    `first_row`, `high = len(index) - 1`.
+    """
+    index = index_of(lengths, chunk)
+    grid = Grid(index, segment, tail)
+    counts = np.array([max(1, n // segment) if tail == "drop" else -(-n // segment) for n in lengths])
+    first = np.concatenate([[0], counts.cumsum()])
+    assert grid.n_segments == first[-1]
+    ids = np.random.default_rng(len(lengths)).permutation(first[-1])[:500]
+    recordings = np.repeat(np.arange(len(lengths)), counts)[ids]
+    starts = (ids - first[recordings]) * segment
+    cuts = grid.cut(ids)
+    assert np.array_equal(cuts.recordings, recordings)
+    assert np.array_equal(cuts.starts, starts)
+    assert np.array_equal(cuts.lengths, np.array(lengths)[recordings])
+    assert np.array_equal(cuts.samples, np.minimum(segment, cuts.lengths - starts))
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
     segment=st.integers(1, 20),
+    chunk=st.integers(1, 30),
     tail=st.sampled_from(["drop", "pad"]),
     epoch=st.integers(0, 10**9),
 )
-def test_law_8_crops_keep_the_count_and_stay_inside(lengths: list[int], segment: int, tail: str, epoch: int) -> None:
+def test_law_8_crops_keep_the_count_and_stay_inside(
+    lengths: list[int], segment: int, chunk: int, tail: str, epoch: int
+) -> None:
     """Segments of an epoch lie end to end from one offset in [0, M mod L], whole but for the last one of `pad`.
 
     Mutation: in `Grid.crop`, `slack = rest + 1`; or drop the line for recordings shorter than a segment.
     """
-    data = DataConfig(segment=segment, tail=tail, crop=True)
-    grid = Grid(np.array(lengths, dtype=np.int64), data)
+    grid = Grid(index_of(lengths, chunk), segment, tail)
     ids = np.arange(grid.n_segments)
     cuts = grid.crop(grid.cut(ids), SEED, np.full(ids.shape, epoch))
     for recording, length in enumerate(lengths):
@@ -184,7 +224,7 @@ def test_segments_are_the_signal_cut_from_the_source(
 ) -> None:
     """Across chunks and shards, sample for sample; the input is the target one sample later.
 
-    Mutation: in `Segments`, quantize into `levels[row, :samples]`.
+    Mutation: in `Segments`, quantize into `targets[row, -samples:]`.
     """
     data = replace(DATA, crop=crop)
     n = n_segments(split, data)
@@ -194,7 +234,7 @@ def test_segments_are_the_signal_cut_from_the_source(
     _, cuts, _ = segments._locate(np.arange(2 * n))
     crossing = 0
     for row in range(2 * n):
-        recording, start, samples = (int(field[row]) for field in cuts)
+        recording, start, samples = (int(field[row]) for field in cuts[:3])
         crossing += start // 600 < (start + samples - 1) // 600
         source = torch.from_numpy(sources[recording][start : start + samples].astype(np.int64)) + 32768
         padding = torch.full((L - samples,), 32768)
@@ -248,7 +288,7 @@ def test_law_8_evaluation_uses_each_segment_once_on_any_number_of_ranks(
 def damage(split: Split, folder: Path, recording: int) -> Split:
     """A copy of the shards with some bytes of a recording's first chunk overwritten, and nothing else."""
     shutil.copytree(split.folder, folder)
-    row = split.index[split.recording_first[recording]]
+    row = split.rows(recording)[0]
     with open(folder / split.shard_names[row["shard"]], "r+b") as tar:
         tar.seek(int(row["offset"]) + int(row["bytes"]) // 2)
         tar.write(b"\xaa" * 20)
@@ -372,7 +412,7 @@ def test_a_row_goes_on_where_it_was(split: Split, recordings: dict[str, np.ndarr
     positions = np.arange(steps * rows).reshape(steps, rows)
     played = [segments[step] for step in positions]
     _, cuts, begins = segments._locate(positions)
-    first, went_on = set(segments.grid.first.tolist()), 0
+    first, went_on = set(segments.grid.firsts().tolist()), 0
     for step, row in itertools.product(range(1, steps), range(rows)):
         batch, samples = played[step], int(cuts.samples[step, row])
         segment, filler = int(batch.segment_ids[row]), samples == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import curve
+from conftest import curve, recording_lengths
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sashimi.trainer as trainer_module
@@ -128,7 +128,7 @@ def test_evaluate_scores_every_segment_once(trainer: Callable[..., Trainer]) -> 
     rows: list[Batch] = list(subject.data.valid_batches)
     with torch.no_grad():
         expected = sum(float(nll(subject.model(b.inputs), b.targets, b.mask)[0]) for b in rows)
-    samples = int(subject.data.valid_batches.dataset.split.recording_samples.sum())
+    samples = int(subject.data.valid_batches.dataset.split.index["samples"].sum())
     nats, count, faults = evaluate(Objective(subject.model), subject.data.valid_batches, subject.dist)
     assert count == samples
     assert nats == pytest.approx(expected, rel=1e-6)
@@ -425,7 +425,7 @@ def test_evaluation_is_of_whole_recordings(trainer: Callable[..., Trainer], ema:
     model = (subject.model if subject.ema is None else subject.ema.module).double().eval()
     split, quantizer = open_split(subject.data.data.shards, "valid", None), Quantizer(AudioConfig(8000))
     expected = 0.0
-    for recording, samples in enumerate(split.recording_samples.tolist()):
+    for recording, samples in enumerate(recording_lengths(split)):
         targets = quantizer.encode(torch.from_numpy(split.read(recording, 0, samples)) / 32768)[None]
         inputs = torch.cat((torch.full((1, 1), 128), targets[:, :-1]), dim=1)
         with torch.no_grad():
@@ -439,7 +439,7 @@ def test_evaluation_is_of_whole_recordings(trainer: Callable[..., Trainer], ema:
             part, scored, faults = evaluate(objective, batches, subject.dist, objective.beginning)
             assert not faults
             nats, count = nats + part, count + scored
-        assert count == split.recording_samples.sum()
+        assert count == split.index["samples"].sum()
         assert nats == pytest.approx(expected, rel=1e-9)
 
 

@@ -10,6 +10,7 @@ import soundfile as sf
 import torch
 
 from benchmarks.floors import seconds
+from benchmarks.opening import bench_opening
 from benchmarks.settings import Settings
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
@@ -22,11 +23,20 @@ from sashimi.stream import DataConfig, train_batches
 class StreamSettings(Settings):
     """The segments' length."""
 
+    clips: int = 10_000_000
+    """Clips of the index that is opened."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clips < 1:
+            raise InputError(f"clips={self.clips}: must be at least 1")
+
 
 def bench_stream(config: StreamSettings, device: torch.device) -> dict[str, float]:
     """Decoded and quantized samples a second in this process, and of a plain WebDataset pipeline on the same shards.
 
     The floor is decoding alone: the same recordings' FLAC bytes, already in memory, once through soundfile.
+    And the opening of a data set of many clips.
     """
     try:
         import webdataset
@@ -48,15 +58,15 @@ def bench_stream(config: StreamSettings, device: torch.device) -> dict[str, floa
 
         def plain() -> None:
             for sample in webdataset.WebDataset(shards, shardshuffle=False):
-                sound, _ = sf.read(io.BytesIO(sample["flac"]), dtype="float32")
-                for segment in torch.from_numpy(sound).split(config.length):
+                sound, _ = sf.read(io.BytesIO(sample["flac"]), dtype="int16")
+                for segment in torch.from_numpy(sound).split(config.length):  # in order, without batches
                     quantizer.encode(segment)
 
         encoded = [sample["flac"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
 
         def decode() -> None:
             for recording in encoded:
-                sf.read(io.BytesIO(recording), dtype="float32")
+                sf.read(io.BytesIO(recording), dtype="int16")
 
         taken, other, floor = seconds(config.repetitions, ours, plain, decode)
     rate, best = 20 * 16 * config.length / taken, 30 * 20 * 16000 / floor
@@ -65,4 +75,5 @@ def bench_stream(config: StreamSettings, device: torch.device) -> dict[str, floa
         "floor_samples_per_s": best,
         "of_floor": rate / best,
         "webdataset_samples_per_s": 30 * 20 * 16000 / other,
+        **bench_opening(config.clips, config.repetitions),
     }
