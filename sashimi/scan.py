@@ -106,8 +106,8 @@ class Krylov(torch.autograd.Function):
 class Chunks(torch.autograd.Function):
     """y, (R, H, B·S, T), then R times the states before the steps, (H, B·S, N), and the states after, (H, B, N).
 
-    u (R, H, B·S, T), x (H, B, N), M (H, N, N), cols (H, T, N), outs (H, T, N), direct (H, T, T); all but outs multiply rows
-    from the right.
+    u (R, H, B·S, T), x (H, B, N), M (H, N, N), cols (H, T, N), outs (H, T, N), direct (H, T, T); all but outs multiply
+    rows from the right.
     """
 
     @staticmethod

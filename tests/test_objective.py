@@ -87,8 +87,8 @@ def test_gradients_go_through_the_segment_alone(recipe: str) -> None:
     """They are those of the recurrence, sample by sample, from what was carried into the segment as a constant, by the
     parameters as they are now.
 
-    Mutations: in S4.forward, `self.recurrence()` -> `state.recurrence`; in UpPool.forward, `first.detach()` for
-    `blocks[:, :-1]`; in recur, `states` of the tree without gradient.
+    Mutations: in S4.forward, `self.recurrence()` -> `state.recurrence`; in UpPool.forward, `blocks[:, :-1].detach()`;
+    in recur, `_states(...).detach()`.
     """
     sashimi, targets = model(recipe), recording(96)
     objective = Objective(sashimi, carry=True)

@@ -246,7 +246,7 @@ def test_rows_play_consecutive_segments(n: int, carry: int, batch_size: int, sta
     """From one step to the next a row goes on to the segment that follows, or begins a passage. No passage is longer
     than `carry`, and none shorter by more than one than another.
 
-    Mutation: in `played_at`, `np.divmod(positions, batch_size)` of positions one further; or `% count` for `% length`.
+    Mutation: in `played_at`, `% count` for `% length`.
     """
     count, length = passages(n, carry)
     assert length <= carry

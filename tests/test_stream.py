@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
 from sashimi.grid import FILLER, Grid
-from sashimi.order import segment_at
+from sashimi.order import played_at, segment_at
 from sashimi.shard_writer import write_split
 from sashimi.shards import INDEX_DTYPE, Split, open_split
 from sashimi.stream import (
@@ -395,6 +395,8 @@ def test_law_7_ranks_play_the_same_passages(split: Split, world_size: int, micro
     data = replace(DATA, crop=crop, carry=3)
     one = global_batches(split, data, position=16, batch_size=8, micro_batch=8, world_size=1, n=7)
     assert_equal(one, global_batches(split, data, 16, 8, micro_batch, world_size, n=7))
+    expected = played_at(16 + np.arange(56), n_segments(split, data), SEED, carry=3, batch_size=8)
+    assert one.segment_ids.tolist() == expected.ids.tolist()
 
 
 @pytest.mark.parametrize("tail", ["pad", "drop"])
@@ -455,5 +457,4 @@ def test_law_8_evaluation_plays_recordings_as_a_whole(split: Split, world_size: 
             seen += played
     n = n_segments(split, data)
     assert sorted(seen) == list(range(n))
-    longest = 16
-    assert longest <= len(loaders[0]) <= max(longest, -(-n // (rows * world_size)) + longest)
+    assert len(loaders[0]) == max(16, -(-n // (rows * world_size)))  # the longest recording has 16
