@@ -77,8 +77,13 @@ class Grid:
         starts = (number + real - (end - count)) * self.segment
         samples = np.minimum(self.segment, lengths - starts)
         filler = ids.ravel() == FILLER
-        flat = Cuts(recordings, starts, np.where(filler, 0, samples), lengths, ~filler & (starts == 0))
-        return Cuts(*(field.reshape(ids.shape) for field in flat))
+        return Cuts(
+            recordings.reshape(ids.shape),
+            starts.reshape(ids.shape),
+            np.where(filler, 0, samples).reshape(ids.shape),
+            lengths.reshape(ids.shape),
+            (~filler & (starts == 0)).reshape(ids.shape),
+        )
 
     def crop(self, cuts: Cuts, seed: int, epochs: Int64s) -> Cuts:
         """The same segments, shifted by the offsets of `epochs`."""

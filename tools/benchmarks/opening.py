@@ -19,7 +19,7 @@ CLIP_BYTES = 20_000
 def bench_opening(clips: int, repetitions: int) -> dict[str, float]:
     """Seconds from a folder to the first segment's place, and MB that this takes at most beside the mapped index.
 
-    Every tenth clip begins a recording of some seconds, as if they were a second each.
+    Each clip is a second, and ten are a recording.
     """
     with tempfile.TemporaryDirectory() as folder:
         write_index(Path(folder), clips, per_recording=10)
