@@ -45,6 +45,7 @@ def test_each_part_prints_its_figures(
         residual, down, up, head = 2 * 5 * (64 + 32 + 16), 256 + 128, 224 + 112, 3 * 64 + 2 * 256
         weights = sum(p.numel() for p in Sashimi(ModelConfig(n_layers=1)).parameters())
         numbers = 2 * 256 * (residual + down + up + head) + 10 * weights
+        assert result["products_floor_s"] > result["floor_s"]  # of one rate: the Linear layers' and the S4 layers'
         assert result["moved_gb"] == pytest.approx(4 * numbers / 1e9)
     if part == "scale" and "sent_mb_per_rank" in result:
         # In a ring of two each rank sends its gradients once; others may use the network meanwhile.
