@@ -13,7 +13,7 @@ from torch import Tensor
 def nll(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of the scored samples.
 
-    logits: (B, L, V), any floating type; targets: (B, L) int64; mask: (B, L) bool, True where a sample is scored.
+    logits: (..., V), any floating type; targets: (...) int64; mask: (...) bool, True where a sample is scored.
     Returns (nats, count): the summed nats, a float64 scalar that carries the gradient, and the number of scored
     samples, an int64 scalar. Every sample's nats are computed in float32 (float64 for float64 logits). With nothing
     scored the sum is 0 and so is every gradient. A masked sample never reaches the sum, even where its logits are NaN.
@@ -21,7 +21,7 @@ def nll(logits: Tensor, targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     # The wider type is asked of the softmax itself, which spares a wider copy of the logits where torch can.
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     scored = targets.masked_fill(~mask, -100)
-    per_sample = F.nll_loss(log_p.flatten(0, 1), scored.flatten(), ignore_index=-100, reduction="none")
+    per_sample = F.nll_loss(log_p.flatten(0, -2), scored.flatten(), ignore_index=-100, reduction="none")
     # 128,000 float32 terms lose digits in a float32 sum, differently for every way of splitting the batch.
     return per_sample.sum(dtype=torch.float64), mask.sum()
 

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sashimi.errors import InputError
 from sashimi.layers import DownPool, FeedForward, Residual, S4Block, ScalarNorm, UpPool
@@ -196,6 +197,7 @@ class Tier(nn.Module):
         innermost = depth == len(config.pool)
         self.unet = config.unet and not innermost
         self.outer_skip = not self.unet  # around all the layers
+        self.recompute = False
         self.down = _layers(config, d_model, parts) if self.unet else Layers()
         self.pooled = None if innermost else Pooled(config, depth, parts)
         self.layers = _layers(config, d_model, parts)
@@ -205,20 +207,23 @@ class Tier(nn.Module):
         skips, down, pooled, layers = [], [], None, []
         for i, layer in enumerate(self.down):
             skips.append(x)
-            x, layer_state = layer(x, state and state.down[i])
+            x, layer_state = self._run(layer, x, state and state.down[i])
             down.append(layer_state)
         if self.pooled is not None:
             above, pooled = self.pooled(x, state and state.pooled)
             x = x + above
         entry = x
         for i, layer in enumerate(self.layers):
-            x, layer_state = layer(x, state and state.layers[i])
+            x, layer_state = self._run(layer, x, state and state.layers[i])
             layers.append(layer_state)
             if self.unet:
                 x = x + skips.pop()
         if self.outer_skip:
             x = x + entry
         return x, state and TierState(tuple(down), pooled, tuple(layers))
+
+    def _run(self, layer: Residual, x: Tensor, state: S4State | None) -> tuple[Tensor, S4State | None]:
+        return checkpoint(layer, x, state, use_reentrant=False) if self.recompute else layer(x, state)
 
     def step(self, x: Tensor, state: TierState, phase: int) -> tuple[Tensor, TierState]:
         """One sample of `forward`; phase counts this tier's samples. x: (B, H) -> (B, H)."""
@@ -291,17 +296,28 @@ class Sashimi(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (B, L) int64, any L >= 1 -> logits (B, L, V). Padded inside on the right, which causality hides."""
-        length = inputs.shape[1]
-        x = self.embedding(F.pad(inputs, (0, -length % self.config.total_pool)))
-        x, _ = self.tier(x)
-        return self.head(self.norm(x[:, :length]))
+        return self.read_out(self.features(inputs)[0])
 
-    def scan(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
-        """`forward` that carries a state at phase 0: inputs (B, L), L a multiple of the total pooling."""
-        assert state.phase == 0
-        assert inputs.shape[1] % self.config.total_pool == 0
-        x, tier = self.tier(self.embedding(inputs), state.tier)
-        return self.head(self.norm(x)), SashimiState(tier, 0)
+    def features(self, inputs: Tensor, state: SashimiState | None = None) -> tuple[Tensor, SashimiState | None]:
+        """What `read_out` makes logits of, sample by sample: inputs (B, L) -> (B, L, H).
+
+        A state is carried if one is given, at phase 0; the total pooling then divides L.
+        """
+        length = inputs.shape[1]
+        assert state is None or (state.phase == 0 and length % self.config.total_pool == 0)
+        x = self.embedding(F.pad(inputs, (0, -length % self.config.total_pool)))
+        x, tier = self.tier(x, state and state.tier)
+        return x[:, :length], tier and SashimiState(tier, 0)
+
+    def recompute_layers(self) -> None:
+        """From now on keep no more than each layer's input for the gradient, and compute the layer once more for it."""
+        for module in self.modules():
+            if isinstance(module, Tier):
+                module.recompute = True
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """x: (..., H) -> logits (..., V)."""
+        return self.head(self.norm(x))
 
     def step(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
         """One sample of `forward`. inputs: (B,) int64 -> logits (B, V)."""

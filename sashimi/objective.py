@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sashimi.errors import InputError
 from sashimi.loss import nll
@@ -20,19 +21,20 @@ from sashimi.stream import Batch
 
 Carried = tuple[Tensor, ...]
 
+_PIECE = 1 << 14  # samples whose logits are held at once
+
 _RESTART = "start another run from its weights with --init-from and a new --name"
 
 
 class Objective(nn.Module):
     """Model and loss as one module: what DDP wraps returns one number, not (B, L, V) logits made float32."""
 
-    def __init__(self, model: nn.Module, carry: bool = False) -> None:
+    def __init__(self, model: Sashimi, carry: bool = False) -> None:
         """`carry`: the model's state can be given and is returned; `beginning` is what a row that begins is given."""
         super().__init__()
         self.model = model
         self.beginning: Carried = ()
         if carry:
-            assert isinstance(model, Sashimi)
             with torch.no_grad():
                 self.at_start = model.init_state(1).tier
             tensors = tuple(_tensors(self.at_start))
@@ -45,12 +47,23 @@ class Objective(nn.Module):
         out of it.
         """
         if not carried:
-            return nll(self.model(inputs), targets, mask)[0]
-        assert isinstance(self.model, Sashimi)
+            return self._nats(self.model.features(inputs)[0], targets, mask)
         last, *tensors = carried
         inputs = torch.cat((last.unsqueeze(1), inputs[:, 1:]), dim=1)
-        logits, state = self.model.scan(inputs, SashimiState(_with_tensors(self.at_start, iter(tensors)), 0))
-        return nll(logits, targets, mask)[0], targets[:, -1], *(t.detach() for t in _tensors(state.tier))
+        x, state = self.model.features(inputs, SashimiState(_with_tensors(self.at_start, iter(tensors)), 0))
+        assert state is not None
+        return self._nats(x, targets, mask), targets[:, -1], *(t.detach() for t in _tensors(state.tier))
+
+    def _nats(self, x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """The summed nats, of features x (B, L, H). The logits are made piece by piece, and anew for the gradient."""
+
+        def of_piece(x: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+            return nll(self.model.read_out(x), targets, mask)[0]
+
+        pieces = list(zip(*(t.flatten(0, 1).split(_PIECE) for t in (x, targets, mask)), strict=True))
+        if len(pieces) == 1:
+            return of_piece(*pieces[0])
+        return torch.stack([checkpoint(of_piece, *piece, use_reentrant=False) for piece in pieces]).sum()
 
 
 class Rows:

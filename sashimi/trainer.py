@@ -32,6 +32,7 @@ from sashimi.checkpoint import (
 from sashimi.distributed import Distributed
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample
+from sashimi.model import Sashimi
 from sashimi.model_folder import best_step, load_weights
 from sashimi.objective import Carried, Objective, Rows, divide_rows, join_rows
 from sashimi.optim import (
@@ -64,6 +65,8 @@ class TrainConfig:
     """Segments a step, over all ranks (the global batch)."""
     micro_batch: int = 0
     """Segments a forward pass and rank; the rest of the batch is accumulated. 0: batch_size / world size."""
+    recompute: bool = False
+    """Keep each layer's input only, and compute the layer once more for its gradient: less memory, slower steps."""
     valid_every: int = 1000
     """Steps between evaluations of the whole validation split."""
     save_every: int = 1000
@@ -95,7 +98,7 @@ class Trainer:
     def __init__(
         self,
         dist: Distributed,
-        model: nn.Module,
+        model: Sashimi,
         data: TrainingData,
         config: TrainConfig,
         optim: OptimConfig,
@@ -123,6 +126,8 @@ class Trainer:
         self.n_parameters = sum(p.numel() for p in self.parameters)
         self.ema = build_ema(model, optim.ema) if optim.ema else None
         self.raw_optimizer = build_optimizer(model.named_parameters(), optim)
+        if config.recompute:
+            model.recompute_layers()
         objective = Objective(model, carry=data.data.carry > 0)
         self.beginning = objective.beginning
         self.rows = [Rows(self.beginning) for _ in range(data.accumulation)]
@@ -370,6 +375,7 @@ class Trainer:
         """Evaluate, log, step the plateau. True if this is the best validation so far."""
         objective = self.objective
         if self.ema is not None and self.state.step > 0:
+            assert isinstance(self.ema.module, Sashimi)
             objective = Objective(self.ema.module, bool(self.beginning))
         with self.tracker.pause():
             nats, count, faults = evaluate(objective, self.data.valid_batches, self.dist, self.beginning)

@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
         "checkpoint",
         "distributed",
         "loss",
+        "model",
         "model_folder",
         "objective",
         "optim",

@@ -124,13 +124,14 @@ def test_prefill_in_pieces(backbone: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_scan_is_forward_with_state(backbone: str) -> None:
-    """Law 2 of scan: all logits of two calls are those of one forward. Mutation: `SashimiState(tier, 0)` -> `state`."""
+def test_features_continue(backbone: str) -> None:
+    """Law 2 of carried state: two calls give the logits of one forward. Mutation: `state and state.tier` -> `None`."""
     sashimi, inputs = model(backbone), ids(16 * 10)
     with torch.no_grad():
-        first, state = sashimi.scan(inputs[:, :48], sashimi.init_state(2))
-        second, _ = sashimi.scan(inputs[:, 48:], state)
-        assert relative(torch.cat((first, second), dim=1), sashimi(inputs)) < 1e-9
+        first, state = sashimi.features(inputs[:, :48], sashimi.init_state(2))
+        second, _ = sashimi.features(inputs[:, 48:], state)
+        logits = sashimi.read_out(torch.cat((first, second), dim=1))
+        assert relative(logits, sashimi(inputs)) < 1e-9
 
 
 def test_prefill_refuses_an_empty_prompt() -> None:

@@ -1,6 +1,6 @@
 """Law 2 of training and evaluation in segments, and what a row carries from one to the next."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from trained_like import relative, trained_like
 
+import sashimi.objective as objectives
 import sashimi.scan as chunked
 from sashimi.foreign import legacy
 from sashimi.loss import nll
@@ -88,7 +89,7 @@ def test_gradients_go_through_the_segment_alone(recipe: str) -> None:
     parameters as they are now.
 
     Mutations: in S4.forward, `self.recurrence()` -> `state.recurrence`; in UpPool.forward, `blocks[:, :-1].detach()`;
-    in recur, `_states(...).detach()`.
+    in Chunks.backward, zeros for `d_states`.
     """
     sashimi, targets = model(recipe), recording(96)
     objective = Objective(sashimi, carry=True)
@@ -139,6 +140,41 @@ def test_a_row_begins_anew(why: str) -> None:
         nats = float(rows.play(objective, batch(targets[:, 48:], resets=(why == "reset", False)), CPU))
     expected = whole_nats(sashimi, targets[:1, 48:]) + whole_nats(sashimi, targets[1:], start=48)
     assert nats == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "cauchy"])
+def test_pieces_and_layers_computed_once_more_change_nothing(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nats and gradients are those of all logits at once; and a small part is kept for the gradient.
+
+    Mutations: in _nats, `pieces[1:]`; recompute_layers that sets False.
+    """
+    sashimi, targets = model(recipe), recording(96)
+    played = batch(targets)
+    held = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal held
+        held += tensor.numel()
+        return tensor
+
+    def gradients(nats: Callable[[], Tensor]) -> tuple[float, tuple[Tensor, ...], int]:
+        nonlocal held
+        held = 0
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            value = nats()
+        return float(value.detach()), torch.autograd.grad(value, list(sashimi.parameters())), held
+
+    def at_once() -> Tensor:
+        return nll(sashimi(played.inputs), played.targets, played.mask)[0]
+
+    expected, expected_gradients, all_held = gradients(at_once)
+    monkeypatch.setattr(objectives, "_PIECE", 50)
+    sashimi.recompute_layers()
+    nats, actual, kept = gradients(lambda: Objective(sashimi)(played.inputs, played.targets, played.mask))
+    assert nats == pytest.approx(expected, rel=1e-12)
+    assert kept < 0.3 * all_held
+    for gradient, other in zip(actual, expected_gradients, strict=True):
+        assert relative(gradient, other) < 1e-12
 
 
 def test_without_carry_each_segment_is_by_itself() -> None:

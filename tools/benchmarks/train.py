@@ -28,6 +28,8 @@ class TrainSettings(Settings):
 
     precision: Literal["no", "bf16"] = "no"
     """bf16: forward under autocast. State spaces and FFTs stay float32."""
+    recompute: bool = False
+    """As train.recompute of training: each layer is computed once more for its gradient."""
 
 
 def bench_train(config: TrainSettings, device: torch.device) -> dict[str, float]:
@@ -41,6 +43,8 @@ def bench_train(config: TrainSettings, device: torch.device) -> dict[str, float]
     """
     torch.manual_seed(0)
     model = Sashimi(ModelConfig(n_layers=config.n_layers)).to(device)
+    if config.recompute:
+        model.recompute_layers()
     objective, optimizer = Objective(model), build_optimizer(model.named_parameters(), OptimConfig())
     ids = torch.randint(256, (config.batch_size, config.length + 1), device=device)
     mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
