@@ -31,7 +31,7 @@ from benchmarks.scale import ScaleSettings, bench_scale
 from benchmarks.settings import Settings, about
 from benchmarks.stream import StreamSettings, bench_stream
 from benchmarks.train import TrainSettings, bench_train
-from sashimi.distributed import run_command
+from sashimi.distributed import Distributed, run_command
 from sashimi.errors import InputError, one_line
 from sashimi.parsing import parse, to_dict
 
@@ -63,7 +63,7 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     settings = {name: value for name, value in to_dict(config).items() if name not in OUTPUT}
     old = None if config.compare is None else read_record(config.compare, part, settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = Distributed().device
     with redirect_stdout(sys.stderr):  # libraries that compile say so, which is no part of the report
         figures = measure(config, device)
     report = {"part": part, **figures, **about(device), "settings": settings}
