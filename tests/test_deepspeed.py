@@ -454,6 +454,21 @@ def test_several_machines_file(runs: Runs) -> None:
     same(metrics(runs.folder / "machines"), runs.get(0, "bf16"), rel=1e-6)
 
 
+@pytest.mark.deepspeed
+def test_state_is_carried_under_zero(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 13 where rows carry state: stage 3 on two ranks gives one process's losses, resumed in mid-passage too.
+
+    Mutation: in `Trainer.restore`, leave out `rows.carried = part`.
+    """
+    carry = ["--data.carry", "3", "--train.steps", "8", "--train.save_every", "4"]
+    command("launch/train.py", runs.arguments("carry-alone", *carry), monkeypatch)
+    options = runs.options(3, "no")
+    for more in ([], ["--resume", str(runs.folder / "carry-zero/checkpoints/step-00000004")]):
+        done = launch(2, "launch/train.py", runs.arguments("carry-zero", *carry, *more), timeout=480, options=options)
+        assert done.returncode == 0, done.stderr
+        same(metrics(runs.folder / "carry-zero"), metrics(runs.folder / "carry-alone"), rel=1e-6)
+
+
 @pytest.mark.parametrize("file", LAUNCHED, ids=lambda file: file.stem)
 def test_the_launcher_takes_each_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those for machines that are not here too: Accelerate reads them, and they say what their comments do.
