@@ -11,7 +11,7 @@ from conftest import Call, command
 from sashimi.model import ModelConfig, Sashimi
 
 SMALL = ["--repetitions", "1", "--n_layers", "1", "--length", "256", "--json"]
-OWN = {"batch": ["--largest", "2"], "stream": ["--clips", "20000"]}
+OWN = {"batch": ["--largest", "2"], "long": ["--longest", "4"], "stream": ["--clips", "20000"]}
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ OWN = {"batch": ["--largest", "2"], "stream": ["--clips", "20000"]}
         ("train", {"step_s", "floor_s", "fft_floor_s", "memory_floor_s", "gflop", "moved_gb", "peak_gib"}),
         ("generate", {"batch1_steps_per_s", "batch16_samples_per_s", "plain_batch1_steps_per_s", "batch1_of_floor"}),
         ("stream", {"samples_per_s", "webdataset_samples_per_s", "floor_samples_per_s", "of_floor", "open_s"}),
+        ("long", {"256_us_per_sample", "1024_us_per_sample"}),
         ("scale", {"alone_step_s", "apart_step_s", "together_step_s", "speedup", "small_reduce_s"}),
         ("batch", {"train_batch1_samples_per_s", "generate_batch2_samples_per_s", "train_saturated_at"}),
         ("project", {"8_gpus_speedup", "64_gpus_same_batch_speedup", "512_gpus_read_mb_per_s"}),

@@ -4,6 +4,7 @@
   train     a training step, beside the floors of products, FFTs and memory
   generate  sample by sample, for one clip and for sixteen
   stream    reading, decoding and quantizing
+  long      scoring recordings of 2^14 to 2^20 samples with carried state: time a sample, memory
   batch     throughput over batch size, in training and generation
   scale     several ranks against one, and what they send
   project   the same calculated for many GPUs
@@ -26,6 +27,7 @@ from benchmarks.compare import changes, differences, read_record
 from benchmarks.curve import CurveSettings, bench_curve
 from benchmarks.generate import GenerateSettings, bench_generate
 from benchmarks.kernel import KernelSettings, bench_kernel
+from benchmarks.long import LongSettings, bench_long
 from benchmarks.project import ProjectSettings, bench_project
 from benchmarks.scale import ScaleSettings, bench_scale
 from benchmarks.settings import Settings, about
@@ -40,6 +42,7 @@ PARTS: dict[str, tuple[type[Settings], Callable[[Any, torch.device], dict[str, A
     "train": (TrainSettings, bench_train),
     "generate": (GenerateSettings, bench_generate),
     "stream": (StreamSettings, bench_stream),
+    "long": (LongSettings, bench_long),
     "batch": (BatchSettings, bench_batch),
     "scale": (ScaleSettings, bench_scale),
     "project": (ProjectSettings, bench_project),
