@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sashimi.ssm import KrylovBlocks
+
 
 def scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x_{k+1} = A x_k + B u_k, y_k = C x_{k+1} + D u_k from state x (None: zeros), for any L >= 1.
@@ -32,7 +34,7 @@ def scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None
     runs = -(-length // (T * R))
     padding = runs * R * T - length
     A, B = A.expand(H, -1, -1), B.expand(H, -1)
-    cols, outs, A_T = Krylov.apply(A, B, (C.unsqueeze(-2) @ A).squeeze(-2), T)
+    cols, outs, A_T = KrylovBlocks.apply(A, B, (C.unsqueeze(-2) @ A).squeeze(-2), T)
     kernel = (cols @ C.unsqueeze(-1)).squeeze(-1)
     direct = toeplitz(torch.cat((kernel[:, :1] + D.unsqueeze(-1), kernel[:, 1:]), dim=-1))
     channels = Transpose.apply((F.pad(u, (0, 0, 0, padding)) if padding else u).flatten(0, 1))
@@ -66,41 +68,6 @@ class Transpose(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_x: Tensor) -> Tensor:
         return d_x.t().contiguous()
-
-
-class Krylov(torch.autograd.Function):
-    """Rows Bᵀ, (A B)ᵀ, …, (A^{T−1} B)ᵀ and C, C A, …, C A^{T−1}, each (H, T, N), and A^T; T is a power of two.
-
-    By doubling, as `ssm.krylov_block`, both with the same powers of A.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, C: Tensor, T: int) -> tuple[Tensor, Tensor, Tensor]:
-        cols, outs = (v.new_empty(v.shape[0], T, v.shape[1]) for v in (B, C))
-        cols[:, 0], outs[:, 0] = B, C
-        powers = [A]
-        for k in range(T.bit_length() - 1):
-            w = 1 << k
-            cols[:, w : 2 * w] = cols[:, :w] @ powers[k].mT
-            outs[:, w : 2 * w] = outs[:, :w] @ powers[k]
-            powers.append(powers[k] @ powers[k])
-        ctx.save_for_backward(cols, outs, *powers[:-1])
-        return cols, outs, powers[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_cols: Tensor, d_outs: Tensor, d_power: Tensor) -> tuple[Tensor | None, ...]:
-        cols, outs, *powers = ctx.saved_tensors
-        d_cols, d_outs = d_cols.clone(), d_outs.clone()
-        for k, power in reversed(list(enumerate(powers))):
-            w = 1 << k
-            lower, upper = slice(0, w), slice(w, 2 * w)
-            d_power = torch.baddbmm(d_power @ power.mT, power.mT, d_power)
-            d_power.baddbmm_(d_cols[:, upper].mT, cols[:, lower])
-            d_power.baddbmm_(outs[:, lower].mT, d_outs[:, upper])
-            d_cols[:, lower] += d_cols[:, upper] @ power
-            d_outs[:, lower] += d_outs[:, upper] @ power.mT
-        return d_power, d_cols[:, 0], d_outs[:, 0], None
 
 
 class Chunks(torch.autograd.Function):

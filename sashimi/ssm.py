@@ -10,11 +10,12 @@ Discrete convention: x_{k+1} = A x_k + B u_k, y_k = C x_{k+1}, so the kernel is 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class System(NamedTuple):
@@ -122,29 +123,67 @@ def naive_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     return torch.stack(kernel, dim=-1)
 
 
-def krylov_block(A: Tensor, v: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """[v, A v, …, A^{width−1} v] by doubling: A (H, N, N), v (H, N) -> (H, N, width), A^width.
+class KrylovBlocks(torch.autograd.Function):
+    """B, A B, …, A^{width−1} B and C, C A, …, C A^{width−1}, each (H, width, N), and A^width, by doubling.
 
-    `width` is a power of two.
+    A (H, N, N), B (H, N) or None for no such block, C likewise; `width` is a power of two. Gradients are written out,
+    because automatic ones keep, and move, several times as much memory.
     """
-    assert width & (width - 1) == 0, width
-    block = v.unsqueeze(-1)
-    while block.shape[-1] < width:
-        block = torch.cat((block, A @ block), dim=-1)
-        A = A @ A
-    return block, A
+
+    @staticmethod
+    def forward(
+        ctx: Any, A: Tensor, B: Tensor | None, C: Tensor | None, width: int
+    ) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        assert width & (width - 1) == 0, width
+        blocks = [None if v is None else v.new_empty(v.shape[0], width, v.shape[1]) for v in (B, C)]
+        for block, first in zip(blocks, (B, C), strict=True):
+            if block is not None and first is not None:
+                block[:, 0] = first
+        cols, outs = blocks
+        powers = [A]
+        for k in range(width.bit_length() - 1):
+            lower, upper = slice(0, 1 << k), slice(1 << k, 2 << k)
+            if cols is not None:
+                cols[:, upper] = cols[:, lower] @ powers[k].mT
+            if outs is not None:
+                outs[:, upper] = outs[:, lower] @ powers[k]
+            powers.append(powers[k] @ powers[k])
+        ctx.save_for_backward(cols, outs, *powers[:-1])
+        ctx.set_materialize_grads(False)
+        return cols, outs, powers[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_cols: Tensor | None, d_outs: Tensor | None, d_power: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        cols, outs, *powers = ctx.saved_tensors
+        d_cols, d_outs = (None if d is None else d.clone() for d in (d_cols, d_outs))
+        for k, power in reversed(list(enumerate(powers))):
+            lower, upper = slice(0, 1 << k), slice(1 << k, 2 << k)
+            if d_power is None:
+                d_power = torch.zeros_like(power)
+            else:
+                d_power = torch.baddbmm(d_power @ power.mT, power.mT, d_power)
+            if d_cols is not None:
+                d_power.baddbmm_(d_cols[:, upper].mT, cols[:, lower])
+                d_cols[:, lower] += d_cols[:, upper] @ power
+            if d_outs is not None:
+                d_power.baddbmm_(outs[:, lower].mT, d_outs[:, upper])
+                d_outs[:, lower] += d_outs[:, upper] @ power.mT
+        return d_power, None if d_cols is None else d_cols[:, 0], None if d_outs is None else d_outs[:, 0], None
 
 
 def krylov_kernel(A: Tensor, B: Tensor, C: Tensor, length: int) -> Tensor:
     """Two thin Krylov blocks and one matrix product: exact powers, any length. -> (H, length).
 
-    With l = s·i + j: K_l = (C A^{s i}) · (A^j B), s ≈ √length. A (H, N, N), B and C (H, N).
+    With l = s·i + j: K_l = (C A^{s i}) · (A^j B), s ≈ √length. A (H or 1, N, N), B (H or 1, N) and C (H, N).
     """
     s = 1 << math.ceil(math.log2(length) / 2)
-    cols, A_s = krylov_block(A, B, s)
     n_rows = 1 << math.ceil(math.log2(-(-length // s)))
-    rows, _ = krylov_block(A_s.mT, C, n_rows)
-    return (rows.mT @ cols).flatten(-2)[:, :length]
+    cols, _, A_s = KrylovBlocks.apply(A.expand(len(C), -1, -1), B.expand_as(C), None, s)
+    _, rows, _ = KrylovBlocks.apply(A_s, None, C, n_rows)
+    return (rows @ cols.mT).flatten(-2)[:, :length]
 
 
 def vandermonde_kernel(recurrence: Recurrence, length: int) -> Tensor:

@@ -13,7 +13,7 @@ ARROWS: dict[str, set[str]] = {
     # mathematics
     "keops": set(),
     "ssm": {"keops"},
-    "scan": set(),
+    "scan": {"ssm"},
     "order": set(),
     "loss": set(),
     # files and folders, command lines

@@ -47,8 +47,8 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 def test_scan_is_the_recurrence(length: int, chunk: int) -> None:
     """From any state, for whole and broken chunks and runs; so is the last state.
 
-    Mutations: `cols.flip(1)` -> `cols` in either place; in Krylov.apply, C for C A; `rest` taken for 0; M_R -> M in
-    chain; D left out.
+    Mutations: `cols.flip(1)` -> `cols` in either place; in KrylovBlocks.apply, C for C A; `rest` taken for 0; M_R -> M
+    in chain; D left out.
     """
     kind = {"mode": "diag", "kernel": "vandermonde"} if length % 2 else {"tie_state": False}
     inputs = *system(**kind), *signal(length)
@@ -82,7 +82,8 @@ def test_scan_continues(split: int) -> None:
 def test_gradients_are_the_recurrences(length: int) -> None:
     """Of the outputs, in the system, the signal and the state before; the state after has none.
 
-    Mutations: any of the five products of Chunks.backward or of the five of Krylov.backward left out; `reverse=False`.
+    Mutations: any of the five products of Chunks.backward or of the six of KrylovBlocks.backward left out;
+    `reverse=False`.
     """
 
     def gradients(function: Callable[..., Tensors]) -> Tensors:

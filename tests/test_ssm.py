@@ -127,7 +127,7 @@ def test_time_step_and_its_inverse() -> None:
 def test_kernel_is_naive_powers(mode: str, kernel: str, tie_state: bool, length: int) -> None:
     """Law 1: every kernel equals C A^l B to 1e-10 of its maximum in float64, for odd and even lengths.
 
-    Mutations: in krylov_kernel, `krylov_block(A_s.mT, …)` -> `krylov_block(A_s, …)`; in cauchy_kernel, drop
+    Mutations: in krylov_kernel, `KrylovBlocks.apply(A_s, …)` -> `(A_s.mT, …)`; in cauchy_kernel, drop
     `(1 + ω)`'s share: `p * half_dt` -> `half_dt`; in vandermonde_kernel, `torch.complex(C_re, -C_im)` -> `C_im`.
     """
     s4 = layer(tie_state, mode, kernel)
@@ -138,7 +138,7 @@ def test_kernel_is_naive_powers(mode: str, kernel: str, tie_state: bool, length:
 @pytest.mark.parametrize("length", [9_999, 10_000])
 @pytest.mark.parametrize(("mode", "kernel"), [("dplr", "krylov"), ("dplr", "cauchy"), ("diag", "vandermonde")])
 def test_long_kernel_is_naive_powers(mode: str, kernel: str, length: int) -> None:
-    """Law 1 at lengths of training. Mutation: in krylov_block, `A = A @ A` -> `A = (A @ A).float().double()`."""
+    """Law 1 at lengths of training. Mutation: in KrylovBlocks.forward, `powers[k] @ powers[k]` -> `(…).float().double()`."""
     s4 = layer(True, mode, kernel)
     with torch.no_grad():
         s4.log_dt -= 3  # slow modes, so that the kernel has not died away before its end
@@ -165,7 +165,7 @@ def test_kernel_of_unconstrained_system(kernel: str, length: int) -> None:
 def test_gradients_are_those_of_naive_powers(mode: str, kernel: str, tie_state: bool, length: int) -> None:
     """Law 1 for gradients: each parameter's equals that through the naive powers, to 1e-8 in float64.
 
-    Mutation: in krylov_kernel, `cols, A_s = krylov_block(A, B, s)` -> `krylov_block(A.detach(), B, s)`.
+    Mutation: in krylov_kernel, `A.expand(…)` -> `A.detach().expand(…)`; any product of KrylovBlocks.backward left out.
     """
     s4 = layer(tie_state, mode, kernel)
     actual = kernel_and_gradients(s4, length)
@@ -180,7 +180,7 @@ def test_gradients_are_those_of_naive_powers(mode: str, kernel: str, tie_state: 
 def test_float32_kernel_is_accurate(length: int) -> None:
     """Of a fresh full-size layer, the float32 kernel is within 1e-5 of max|K| of float64, at training lengths.
 
-    Mutation: in krylov_block, `A = A @ A` -> `A = (A @ A).bfloat16().to(A.dtype)`.
+    Mutation: in KrylovBlocks.forward, `powers[k] @ powers[k]` -> `(…).bfloat16().to(A.dtype)`.
     """
     torch.manual_seed(0)
     s4 = S4(64, 64)
