@@ -270,17 +270,21 @@ class Generator:
 
 @contextmanager
 def _inference(model: Sashimi) -> Iterator[None]:
-    """Within: evaluation mode, no autograd, weight norm computed once, and one CPU thread.
+    """Within: evaluation mode, no autograd, weight norm computed once, one CPU thread, and no denormal numbers.
 
     The matrices of one sample are too small for threads to share, which only slows them down, and another number of
-    threads may round differently. More processes put more cores to use.
+    threads may round differently. More processes put more cores to use. Denormals are flushed as `Distributed` has it,
+    or a clip's bits could depend on who asks for it.
     """
     training, threads = model.training, torch.get_num_threads()
+    flushed = not (torch.tensor(1e-38) * 0.1).item()
     model.eval()
     torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     try:
         with torch.inference_mode(), parametrize.cached():
             yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushed)
         model.train(training)

@@ -238,15 +238,26 @@ def test_generating_leaves_a_model_in_training_as_it_was() -> None:
 
 
 def test_one_thread_computes() -> None:
-    """Law 16: another number of threads could round differently. Mutation: no `torch.set_num_threads(1)`."""
+    """While clips are computed torch has one thread and flushes denormals; afterwards all is as it was.
+
+    Mutations: in _inference, drop `torch.set_num_threads(1)`, or `torch.set_flush_denormal` in either place.
+    """
+
+    def flushes() -> bool:
+        return not (torch.tensor(1e-38) * 0.1).item()
+
     seen, threads = [], torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        generate(tiny(), 4, on_progress=lambda samples: seen.append(torch.get_num_threads()))
-        assert torch.get_num_threads() == 2
+        for flushed in (False, True):
+            torch.set_flush_denormal(flushed)
+            generate(tiny(), 4, on_progress=lambda samples: seen.append((torch.get_num_threads(), flushes())))
+            assert (torch.get_num_threads(), flushes()) == (2, flushed)
     finally:
         torch.set_num_threads(threads)
-    assert seen == [1]
+        torch.set_flush_denormal(False)
+    assert seen
+    assert set(seen) == {(1, True)}
 
 
 def test_progress_counts_samples() -> None:

@@ -138,7 +138,7 @@ def test_kernel_is_naive_powers(mode: str, kernel: str, tie_state: bool, length:
 @pytest.mark.parametrize("length", [9_999, 10_000])
 @pytest.mark.parametrize(("mode", "kernel"), [("dplr", "krylov"), ("dplr", "cauchy"), ("diag", "vandermonde")])
 def test_long_kernel_is_naive_powers(mode: str, kernel: str, length: int) -> None:
-    """Law 1 at lengths of training. Mutation: in KrylovBlocks.forward, `powers[k] @ powers[k]` -> `(…).float().double()`."""
+    """Law 1 at lengths of training. Mutation: in KrylovBlocks, `powers[k] @ powers[k]` -> `(…).float().double()`."""
     s4 = layer(True, mode, kernel)
     with torch.no_grad():
         s4.log_dt -= 3  # slow modes, so that the kernel has not died away before its end
