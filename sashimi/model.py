@@ -323,10 +323,10 @@ class Sashimi(nn.Module):
         """One sample of `forward`. inputs: (B,) int64 -> logits (B, V)."""
         x, tier = self.tier.step(self.embedding(inputs), state.tier, state.phase)
         phase = (state.phase + 1) % self.config.total_pool
-        return self.head(self.norm(x)), SashimiState(tier, phase)
+        return self.read_out(x), SashimiState(tier, phase)
 
     def prefill(self, inputs: Tensor, state: SashimiState) -> tuple[Tensor, SashimiState]:
-        """Take in a prompt: by convolution where the total pooling divides, by `step` for the rest.
+        """Take in a prompt: by whole pooling periods at once, and by `step` for the rest.
 
         inputs: (B, L) int64, L >= 1 -> logits after the last sample (B, V). Pieces bound the memory of long prompts.
         """
@@ -338,8 +338,9 @@ class Sashimi(nn.Module):
             logits, state = self.step(sample, state)
         piece = max(_SCAN_PIECE // total, 1) * total
         for start in range(head, aligned, piece):
-            x, tier = self.tier(self.embedding(inputs[:, start : min(start + piece, aligned)]), state.tier)
-            logits, state = self.head(self.norm(x[:, -1])), SashimiState(tier, 0)
+            x, after = self.features(inputs[:, start : min(start + piece, aligned)], state)
+            assert after is not None
+            logits, state = self.read_out(x[:, -1]), after
         for sample in inputs[:, aligned:].unbind(1):
             logits, state = self.step(sample, state)
         if logits is None:

@@ -1,4 +1,4 @@
-"""The S4 layer's state space: parameters, whole-sequence convolution, one-sample recurrence.
+"""The S4 layer's state space: parameters, the whole sequence by convolution or in chunks, one sample by recurrence.
 
 Shapes: **B** batch, **L** samples, **H** channels, **N** state, **S** copies of the shared parameters (1 or H).
 Complex parameters are stored as trailing (real, imaginary) pairs, because mixed-precision frameworks drop
@@ -21,6 +21,14 @@ class S4State(NamedTuple):
 
     x: Tensor  # (B, H, N)
     recurrence: ssm.Recurrence
+
+
+def in_chunks(device: torch.device) -> bool:
+    """Whether the recurrence goes in chunks where it could as well be a convolution with a kernel of the whole length.
+
+    A GPU has few large FFTs done before it has begun with so many small products.
+    """
+    return device.type == "cpu"
 
 
 class S4(nn.Module):
@@ -100,13 +108,12 @@ class S4(nn.Module):
         """
         with torch.autocast(u.device.type, enabled=False):
             u32 = u.to(self.D.dtype)
-            # A GPU has few large FFTs done before it has begun with so many small products.
-            if state is None and not (self.kernel_name == "krylov" and u.device.type == "cpu"):
+            if state is None and not (self.kernel_name == "krylov" and in_chunks(u.device)):
                 y = (ssm.causal_convolution(u32.mT, self.kernel(u.shape[1])) + self.D[:, None] * u32.mT).mT
             else:
                 r = self.recurrence()
                 y, x = scan(r.dense(), r.B, r.C, self.D, u32, state and state.x)
-                state = state and state._replace(x=x)
+                state = state and state._replace(x=x)  # type: ignore[arg-type]
         return y.to(u.dtype), state
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:

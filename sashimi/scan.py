@@ -21,11 +21,14 @@ from torch.autograd.function import once_differentiable
 from sashimi.ssm import KrylovBlocks
 
 
-def scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x_{k+1} = A x_k + B u_k, y_k = C x_{k+1} + D u_k from state x (None: zeros), for any L >= 1.
+def scan(
+    A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x_{k+1} = A x_k + B u_k, y_k = C x_{k+1} + D u_k from state x, for any L >= 1.
 
     A (H, N, N), B and C (H, N), D (H,), u (B, L, H), x (B, H, N) -> y (B, L, H) and the state after, (B, H, N), which
-    has no gradient: back-propagation ends where it is passed on. A and B may have H = 1 for all channels.
+    has no gradient: back-propagation ends where it is passed on. None stands for zeros, and gives no state back. A and
+    B may have H = 1 for all channels.
     """
     (batch, length, H), N = u.shape, A.shape[-1]
     T = chunk_length(batch * length)
@@ -41,6 +44,8 @@ def scan(A: Tensor, B: Tensor, C: Tensor, D: Tensor, u: Tensor, x: Tensor | None
     before = u.new_zeros(H, batch, N) if x is None else x.transpose(0, 1)
     y, *states = Chunks.apply(chunks, before, A_T.mT, cols.flip(1), outs, direct)
     y = y.permute(1, 2, 0, 3).reshape(H, batch, -1)[..., :length].permute(1, 2, 0)
+    if x is None:
+        return y, None
     with torch.no_grad():
         whole, rest = divmod(length, T)
         run, step = divmod(whole, R)

@@ -1,4 +1,4 @@
-"""The mathematics of the S4 layer as pure functions: HiPPO, discretization, kernels, convolution, scan.
+"""The mathematics of the S4 layer as pure functions: HiPPO, discretization, kernels, convolution, reference scan.
 
 Shapes: **B** batch, **L** samples, **H** channels, **N** real state size. A system of N real states is stored as
 N/2 complex modes, one of each conjugate pair, and its real coordinates are x = [Re z, Im z].

@@ -1,14 +1,17 @@
 """The bench measures what it says; how fast that is, is no test."""
 
+import importlib
 import json
 import math
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import Call, command
+import torch
+from conftest import ROOT, Call, command
 
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.scan import Chunks
 
 SMALL = ["--repetitions", "1", "--n_layers", "1", "--length", "256", "--json"]
 OWN = {"batch": ["--largest", "2"], "long": ["--longest", "4"], "stream": ["--clips", "20000"]}
@@ -78,6 +81,26 @@ def test_compare_shows_what_has_changed(call: Call, tmp_path: Path) -> None:
     assert json.loads(answer.out)["krylov_error"] == error
     warnings = [row for row in answer.err.splitlines() if row.startswith("warning")]
     assert {row.split()[1] for row in warnings} == {"length", "device", "threads"}
+
+
+def test_all_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the recurrence in chunks, forward and backward, as counted by hand. Mutation: no `custom_mapping`."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    counted_flop = importlib.import_module("benchmarks.floors").counted_flop
+    R, H, S, T, N = 3, 2, 4, 8, 6
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, requires_grad=True)
+
+    square, after, outs, direct = tensor(H, N, N), tensor(H, T, N), tensor(H, T, N), tensor(H, T, T)
+    inputs = (tensor(R, H, S, T), torch.zeros(H, 1, N), square, after, outs, direct)
+    each_way = (
+        R * S * T * (2 * N + T) + 2 * (R - 1) * S * N * N + S * N * N
+    )  # of chunks, steps in runs, from run to run
+    once = 2 * N**3  # M to the power 3
+    gradients = R * S * (2 * T * N + N * N + T * T)
+    counted = counted_flop(lambda: Chunks.apply(*inputs)[0].sum().backward())
+    assert counted == 2 * H * (2 * each_way + once + gradients)
 
 
 @pytest.mark.parametrize(

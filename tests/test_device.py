@@ -70,7 +70,7 @@ def test_forward_stays_on_the_device(recipe: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_generation_stays_on_the_device(recipe: str) -> None:
-    """State, prefill (scan and steps) and step likewise.
+    """State, prefill and step likewise.
 
     Mutation: in S4.init_state, `recurrence.C.new_zeros(…)` -> `torch.zeros(…)`; in Pooled.init_state likewise.
     """

@@ -114,7 +114,7 @@ def test_prefill_continues_from_anywhere(recipe: str) -> None:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_prefill_in_pieces(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Law 2 of a prompt that prefill must cut into pieces. Mutation: in prefill, pass the first state to every scan."""
+    """Law 2 of a prompt that prefill must cut into pieces. Mutation: in prefill, `features(…, state)` -> `first`."""
     monkeypatch.setattr("sashimi.model._SCAN_PIECE", 40)  # not a multiple of the total pooling of 16
     sashimi, inputs = model(backbone), ids(200)
     with torch.no_grad():
@@ -285,7 +285,7 @@ def test_autocast_leaves_the_state_space_alone(recipe: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_autocast_generates(backbone: str) -> None:
-    """Law 5 for generation: under autocast, scan, prefill and step keep every S4 state float32 and follow forward.
+    """Law 5 for generation: under autocast, features, prefill and step keep every S4 state float32 and follow forward.
 
     Mutation: in S4.forward, `state._replace(x=x)` -> `state._replace(x=x.bfloat16())`.
     """

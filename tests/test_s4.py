@@ -74,6 +74,32 @@ def test_forward_carries_state(kind: str) -> None:
         assert relative(torch.cat(outputs, dim=1), s4(u)[0]) < TOLERANCE[torch.float64]
 
 
+@pytest.mark.parametrize("length", [1, 100, 333])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "kernel" not in KINDS[kind]])
+def test_chunks_are_the_convolution(kind: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, FFTs with the kernel of the whole length, gives the outputs and gradients of the chunks; and in
+    float32 under autocast.
+
+    Mutations: in forward, drop `self.D[:, None] * u32.mT`, or the `.mT` of `u32.mT` in it; `enabled=False` -> `True`.
+    """
+
+    def results(chunks: bool) -> list[Tensor]:
+        monkeypatch.setattr("sashimi.s4.in_chunks", lambda device: chunks)
+        s4, u = layer(kind), signal(length).requires_grad_()
+        y, state = s4(u)
+        assert state is None
+        return [y, *torch.autograd.grad((y * y).sum(), [u, *s4.parameters()])]
+
+    for actual, expected in zip(results(False), results(True), strict=True):
+        assert relative(actual, expected) < TOLERANCE[torch.float64]
+    narrow = layer(kind, torch.float32)
+    monkeypatch.setattr("sashimi.s4.in_chunks", lambda device: False)
+    with torch.no_grad(), watched(narrow) as precision, torch.autocast("cpu", torch.bfloat16):
+        narrow(signal(length).bfloat16())
+    assert precision.products
+    assert precision.faults == []
+
+
 def test_state_is_a_value() -> None:
     """Neither step nor forward writes into the state it is given. Mutation: in step, add `state.x.copy_(x)`."""
     s4, u = layer(), signal(10)

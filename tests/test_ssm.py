@@ -283,7 +283,7 @@ def test_keops_missing_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     keops._lock.cache_clear()
 
 
-# --- convolution and scan ----------------------------------------------------------------------------------
+# --- convolution -------------------------------------------------------------------------------------------
 
 
 def test_fft_length_is_the_next_fast_one() -> None:

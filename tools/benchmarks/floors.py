@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sashimi.distributed import Distributed
 from sashimi.layers import DownPool, Residual, UpPool
@@ -74,6 +75,18 @@ def copy_rate(device: torch.device, repetitions: int) -> float:
     target = torch.empty_like(source)
     (copied,) = seconds(repetitions, lambda: target.copy_(source))
     return 2 * 4 * source.numel() / copied
+
+
+def counted_flop(function: Callable[[], Any]) -> int:
+    """FLOP of all matrix products that a function has done, as torch counts them."""
+
+    def batched(added: Any, left: torch.Size, right: torch.Size, **_: Any) -> int:
+        return 2 * left.numel() * right[-1]
+
+    left_out = {torch.ops.aten.baddbmm_: batched}
+    with FlopCounterMode(display=False, custom_mapping=left_out) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 # --- what a model needs ------------------------------------------------------------------------------------------

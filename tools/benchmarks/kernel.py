@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.floors import product_rate, seconds
+from benchmarks.floors import counted_flop, product_rate, seconds
 from benchmarks.settings import Settings
 from sashimi.errors import InputError
 from sashimi.s4 import S4
@@ -47,9 +46,7 @@ def bench_kernel(config: KernelSettings, device: torch.device) -> dict[str, floa
     figures = seconds(config.repetitions, *map(once, layers.values()))
     result, rate = {}, product_rate(device, config.repetitions)
     for (name, layer), taken in zip(layers.items(), figures, strict=True):
-        with FlopCounterMode(display=False) as counter:
-            once(layer)()
-        floor = counter.get_total_flops() / rate
+        floor = counted_flop(once(layer)) / rate
         result |= {f"{name}_s": taken, f"{name}_floor_s": floor, f"{name}_over_floor": taken / floor}
     layer = layers[config.kernels[0]]
     exact = S4(64).double().to(device)

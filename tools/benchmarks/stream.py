@@ -21,7 +21,7 @@ from sashimi.stream import DataConfig, train_batches
 
 @dataclass(frozen=True)
 class StreamSettings(Settings):
-    """The segments' length."""
+    """How large the data set is that is opened."""
 
     clips: int = 10_000_000
     """Clips of the index that is opened."""

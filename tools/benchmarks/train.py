@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.floors import (
     copy_rate,
+    counted_flop,
     fft_seconds,
     forget_peak,
     moved_numbers,
@@ -61,15 +61,13 @@ def bench_train(config: TrainSettings, device: torch.device) -> dict[str, float]
     (taken,) = seconds(config.repetitions, step)
     peak = Distributed().peak_memory()
     flop = 6 * products_per_sample(model) * config.batch_size * config.length  # forward once, backward twice
-    with FlopCounterMode(display=False) as counter:
-        step()
     rate = product_rate(device, config.repetitions, torch.bfloat16 if half else torch.float32)
     activations, weights = moved_numbers(model, config.length)
     moved = (2 if half else 4) * activations * config.batch_size + 4 * weights
     bandwidth = copy_rate(device, config.repetitions)
     floors = {
         "floor_s": flop / rate,
-        "products_floor_s": counter.get_total_flops() / rate,
+        "products_floor_s": counted_flop(step) / rate,
         "fft_floor_s": fft_seconds(model, config.batch_size, config.length, device, config.repetitions),
         "memory_floor_s": moved / bandwidth,
     }
