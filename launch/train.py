@@ -65,8 +65,10 @@ def main() -> None:
         if track.audio_every and step % track.audio_every == 0:
             with tracker.pause(), dist.whole_model(model) as whole:
                 own, samples = range(dist.rank, track.audio_clips, dist.world_size), round(track.audio_seconds * rate)
-                ids = [(i, generate(whole, samples, [i], seed=config.seed)[0]) for i in own]
-                tracker.audio(step, [decode(clip) for _, clip in sorted(dist.gather(ids))], rate)
+                ids = zip(
+                    own, generate(whole, samples, own, seed=config.seed, batch_size=1) if own else (), strict=True
+                )
+                tracker.audio(step, [decode(clip) for _, clip in sorted(dist.gather([*ids]))], rate)
 
     with dist.stop_signals():
         with closing(tracker):
