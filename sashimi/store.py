@@ -251,19 +251,13 @@ class Stretch(io.RawIOBase):
     A decoder calls it from C, where no error can be raised: `error` keeps the first one, and the file ends there.
     """
 
-    def __init__(self, path: Path, offset: int, size: int) -> None:
-        """OSError if the file is missing or too short."""
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115 -- each time anew: cheap beside decoding, safe to fork
-        self.offset, self.size, self.place = offset, size, 0
+    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
+        """The file stays its owner's to close. OSError if it is too short."""
+        self.file, self.offset, self.size, self.place = file, offset, size, 0
         self.error: OSError | None = None
-        missing = offset + size - os.fstat(self.file.fileno()).st_size
+        missing = offset + size - os.fstat(file.fileno()).st_size
         if missing > 0:
-            self.close()
             raise OSError(f"the file ends {min(missing, size)} bytes too early")
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
 
     def readable(self) -> bool:
         return True
@@ -292,7 +286,8 @@ class Stretch(io.RawIOBase):
 @contextmanager
 def open_local(path: Path, offset: int, size: int) -> Iterator[io.BufferedReader]:
     """`size` bytes of a file from `offset` on, as a file. OSError if it is missing, too short, or cannot be read."""
-    with Stretch(path, offset, size) as stretch:
+    # Opened each time anew: cheap beside decoding, and safe to fork.
+    with open(path, "rb", buffering=0) as file, Stretch(file, offset, size) as stretch:
         try:
             yield io.BufferedReader(stretch, BUFFER)
         finally:
