@@ -24,7 +24,7 @@ from sashimi.graph import Graph
 from sashimi.model import Sashimi, SashimiState
 from sashimi.native.engine import Native
 
-_BLOCK = 512  # samples an engine is asked for at a time
+_BLOCK = 512  # samples an engine is asked for at a time, about
 _UNIT = 1 << 52  # probability 1 as an integer
 
 EngineName = Literal["auto", "graph", "native", "plain"]
@@ -251,10 +251,12 @@ class Generator:
         ids = torch.empty(size, n_samples, dtype=torch.int64)
         nats = torch.empty(size, n_samples, dtype=torch.float64)
         inputs, state = self.start
+        period = self.model.config.total_pool
+        whole = max(1, _BLOCK // period) * period
         with _inference(self.model):
             # Blocks end where pooling periods do, whatever the prompt's length: engines may be fast at whole ones.
-            for start in range(-(state.phase % _BLOCK), n_samples, _BLOCK):
-                block = slice(max(start, 0), min(start + _BLOCK, n_samples))
+            for start in range(-state.phase, n_samples, whole):
+                block = slice(max(start, 0), min(start + whole, n_samples))
                 length = block.stop - block.start
                 u = np.stack([uniforms(seed, first + i, length, block.start) for i in range(size)])
                 new, cost, state = self.engine(inputs, state, torch.from_numpy(u).to(self.device))
@@ -277,7 +279,7 @@ def _inference(model: Sashimi) -> Iterator[None]:
     or a clip's bits could depend on who asks for it.
     """
     training, threads = model.training, torch.get_num_threads()
-    flushed = not (torch.tensor(1e-38) * 0.1).item()
+    flushed = not (torch.tensor(1e-38, dtype=torch.float32, device="cpu") * 0.1).item()
     model.eval()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)

@@ -14,10 +14,10 @@ from sashimi.sampler import Drawing, Generator, Plain, draw, generate, make_engi
 LEVELS = 32
 
 
-def tiny(seed: int = 0, **more: object) -> Sashimi:
+def tiny(seed: int = 0, pool: tuple[int, ...] = (2, 2), **more: object) -> Sashimi:
     """A model whose predictions depend on what it heard: the head is made louder than at initialization."""
     torch.manual_seed(seed)
-    config = ModelConfig(levels=LEVELS, d_model=8, n_layers=1, pool=(2, 2), d_state=8, **more)  # type: ignore[arg-type]
+    config = ModelConfig(levels=LEVELS, d_model=8, n_layers=1, pool=pool, d_state=8, **more)  # type: ignore[arg-type]
     model = Sashimi(config).eval()
     with torch.no_grad():
         model.head.weight.mul_(5)
@@ -190,10 +190,16 @@ def test_teacher_forced_logits_agree_across_batch_sizes() -> None:
     assert (together - alone).abs().max() < 1e-4 * together.abs().max()
 
 
-@pytest.mark.parametrize("length", [1, 7, 600])
-def test_blocks_end_where_pooling_periods_do(length: int) -> None:
-    """After a prompt, an engine's first call alone begins within a period. Mutation: `range(0, n_samples, _BLOCK)`."""
-    model, calls = tiny(), []
+@pytest.mark.parametrize(
+    ("pool", "length", "n_samples"),
+    [((2, 2), 1, 1100), ((2, 2), 7, 1100), ((2, 2), 600, 1100), ((2, 3, 3), 7, 1100), ((24, 24), 7, 700)],
+)
+def test_blocks_end_where_pooling_periods_do(pool: tuple[int, ...], length: int, n_samples: int) -> None:
+    """After a prompt, an engine's first call alone begins within a period, whatever the pooling.
+
+    Mutations: `range(0, n_samples, whole)`; `whole = _BLOCK`; drop `max(1, ...)`.
+    """
+    model, calls = tiny(pool=pool), []
 
     class Listening(Plain):
         def __call__(
@@ -203,9 +209,10 @@ def test_blocks_end_where_pooling_periods_do(length: int) -> None:
             return super().__call__(inputs, state, uniforms)
 
     engine = Listening(model, draw)
-    Generator(model, Drawing(batch_size=1), engine, torch.arange(length) % LEVELS).batch(0, 1100)
-    assert [phase for phase, _ in calls] == [length % 4, 0, 0]
-    assert sum(samples for _, samples in calls) == 1100
+    Generator(model, Drawing(batch_size=1), engine, torch.arange(length) % LEVELS).batch(0, n_samples)
+    assert len(calls) > 1
+    assert [phase for phase, _ in calls] == [length % math.prod(pool), *[0] * (len(calls) - 1)]
+    assert sum(samples for _, samples in calls) == n_samples
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 8, 11])
@@ -237,17 +244,20 @@ def test_generating_leaves_a_model_in_training_as_it_was() -> None:
     torch.nn.functional.cross_entropy(model(ids).mT, ids).backward()
 
 
-def test_one_thread_computes() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_thread_without_denormals_computes(dtype: torch.dtype) -> None:
     """While clips are computed torch has one thread and flushes denormals; afterwards all is as it was.
 
-    Mutations: in _inference, drop `torch.set_num_threads(1)`, or `torch.set_flush_denormal` in either place.
+    Mutations: in _inference, drop `torch.set_num_threads(1)`, `torch.set_flush_denormal` in either place, or its
+    question's `dtype`.
     """
 
     def flushes() -> bool:
-        return not (torch.tensor(1e-38) * 0.1).item()
+        return not (torch.tensor(1e-38, dtype=torch.float32) * 0.1).item()
 
-    seen, threads = [], torch.get_num_threads()
+    seen, threads, default = [], torch.get_num_threads(), torch.get_default_dtype()
     torch.set_num_threads(2)
+    torch.set_default_dtype(dtype)
     try:
         for flushed in (False, True):
             torch.set_flush_denormal(flushed)
@@ -255,6 +265,7 @@ def test_one_thread_computes() -> None:
             assert (torch.get_num_threads(), flushes()) == (2, flushed)
     finally:
         torch.set_num_threads(threads)
+        torch.set_default_dtype(default)
         torch.set_flush_denormal(False)
     assert seen
     assert set(seen) == {(1, True)}
