@@ -56,10 +56,12 @@ def index_fault(index: np.ndarray, about: Mapping[str, Any], labels: int) -> str
     Rows are those of the tars in order: each within its tar, recordings and their chunks without a gap. It is looked at
     in pieces, so that a memory-mapped one stays where it is.
     """
+    if len(index) and index["recording"][0]:
+        return "row 0: its recording is not 0"
     sizes = np.array([shard["bytes"] for shard in about["shards"]], np.uint64)
     found = {"recordings": 0, "clips": len(index), "samples": 0}
     nothing = np.zeros(1, index.dtype)
-    nothing["recording"] = -1 % 2**32  # so that the first one is 0
+    nothing["recording"] = -1 % 2**32  # what 0 follows
     for place in range(0, len(index), _PIECE):
         rows = index[max(0, place - 1) : place + _PIECE]  # the last one of the piece before, too
         for what, wrong in _rules(rows if place else np.append(nothing, rows), sizes, labels).items():
