@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -155,6 +156,26 @@ def test_damage_is_named(split: Split, damage: str) -> None:
     assert len(found["train"].faults) >= 1
 
 
+def test_a_missing_file_is_an_error_and_nothing_besides(tmp_path: Path) -> None:
+    """No complaint of what was never opened, when it is collected; -X dev shows those that new Pythons always show.
+
+    Mutation: in `Stretch.__init__`, open a path; and close it in a `close` of its own.
+    """
+    script = """
+from contextlib import suppress
+from pathlib import Path
+from sashimi.store import open_local
+for size in (1, 100):
+    with suppress(OSError), open_local(Path("short"), 0, size):
+        pass
+    Path("short").write_bytes(b"short")
+"""
+    command = [sys.executable, "-X", "dev", "-c", script]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_disk_that_fails_is_named(
     split: Split, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
@@ -215,6 +236,15 @@ def test_a_wrong_row_is_found_wherever_it_is(row: int, field: str, value: int, f
     assert index_fault(index, about, 0) is None
     index[field][row : None if field == "shard" else row + 1] = value
     assert str(index_fault(index, about, 0)).startswith(f"row {row}: {fault}")
+
+
+@pytest.mark.parametrize("first", [1, 2**32 - 1])
+def test_the_first_recording_is_0(first: int) -> None:
+    """Nor what wraps around to follow itself. Mutation: drop the check in `index_fault`."""
+    index = np.zeros(1, INDEX_DTYPE)
+    index["recording"], index["samples"], index["bytes"], index["label"] = first, 9, 1, NO_LABEL
+    about = {"recordings": first + 1, "clips": 1, "samples": 9, "shards": [{"bytes": 2}]}
+    assert index_fault(index, about, 0) == "row 0: its recording is not 0"
 
 
 @pytest.mark.parametrize("corrupted", ["manifest.json", "train.npy", "both", "none"])
