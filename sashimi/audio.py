@@ -76,12 +76,13 @@ class Quantizer:
         """Audio (..., L), floating point in [-1, 1], to levels (..., L), int64; louder audio is clipped.
 
         Segments (L,) of int16 are taken as x / 32768 and give the same levels, mostly much faster. InputError if audio
-        is of another type, or not finite.
+        is of another type or shape, or not finite.
         """
         if audio.dtype == torch.int16 and audio.dim() == 1 and len(audio):
             return self._look_up(audio)
         if not audio.is_floating_point():
-            raise InputError(f"audio: must be floating point in [-1, 1], or one segment of int16, not {audio.dtype}")
+            found = f"{audio.dtype} of shape {list(audio.shape)}"
+            raise InputError(f"audio: must be floating point in [-1, 1], or one segment (L,) of int16, not {found}")
         if not audio.isfinite().all():
             raise InputError("audio: NaN or infinite samples have no level; leave the recording out")
         if self.minmax:

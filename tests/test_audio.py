@@ -1,5 +1,6 @@
 """Levels <-> audio, and audio files <-> samples."""
 
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -274,3 +275,11 @@ def test_int16_has_the_levels_of_the_formula(name: str, bits: int) -> None:
         segments.append(torch.from_numpy(rng.integers(-loudest, loudest, length).clip(-32768, 32767).astype(np.int16)))
     for segment in segments:
         assert torch.equal(quantizer.encode(segment), quantizer.encode(segment / 32768))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0,)])
+def test_int16_of_another_shape_is_refused_by_it(shape: tuple[int, ...]) -> None:
+    """Mutation: leave the shape out of the message."""
+    message = rf"one segment \(L,\) of int16, not torch.int16 of shape {re.escape(str(list(shape)))}"
+    with pytest.raises(InputError, match=message):
+        Quantizer(AudioConfig()).encode(torch.zeros(shape, dtype=torch.int16))
