@@ -51,13 +51,13 @@ def main() -> None:
         raise InputError(f"{folder}: does not say what it was trained on; name the shards with --data")
     data = build(DataConfig, saved.get("data", {}), str(folder))
     segment, cache = config.segment or data.segment, config.cache or data.cache
-    carry = data.carry if config.carry is None else 2 * config.carry
-    data = replace(data, shards=config.data or data.shards, segment=segment, cache=cache, carry=carry)
+    carry = data.carry > 0 if config.carry is None else config.carry  # over whole recordings, whatever the number
+    data = replace(data, shards=config.data or data.shards, segment=segment, cache=cache, carry=2 if carry else 0)
     audio = read_audio_config(folder)
     split = open_split(data.shards, config.split, data.cache)
     place = Place(dist.rank, dist.world_size, dist.device.type == "cuda")
     batches = eval_batches(split, data, audio, config.batch_size, place)
-    objective = Objective(load_model(folder, dist.device), carry > 0)
+    objective = Objective(load_model(folder, dist.device), carry)
     pool = objective.model.config.total_pool
     if carry and segment % pool:
         raise InputError(f"segment={segment}: with carry it must be a multiple of {pool}, the model's total pooling")
@@ -68,7 +68,7 @@ def main() -> None:
         raise InputError(f"{data.shards}: not one segment of split {config.split} can be decoded; pack it again")
     if dist.is_main:
         bits = {"bits_per_sample": bits_per_sample(nats, count), "samples": count, "undecodable": faults}
-        of = {"model": str(folder), "data": data.shards, "split": config.split, "segment": segment, "carry": carry > 0}
+        of = {"model": str(folder), "data": data.shards, "split": config.split, "segment": segment, "carry": carry}
         print(text := json.dumps(bits | of, indent=2))
         if config.out:
             Path(config.out).write_text(text + "\n")
