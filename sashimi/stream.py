@@ -9,7 +9,7 @@ part of every global batch, so the loader must not be handed to `Accelerator.pre
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
-from sashimi.grid import FILLER, Cuts, Grid, Tail
+from sashimi.grid import Cuts, Grid, Tail
 from sashimi.order import (
+    FILLER,
     Int64s,
     accumulation_steps,
     epoch_of,
@@ -264,9 +265,9 @@ class TrainingData:
         source = (self.train, self.data, self.audio, self.seed)
         return train_batches(*source, position, self.batch_size, self.micro_batch, self.place)
 
-    def describe(self, segment_id: int) -> str:
-        """Names a segment of the train split for messages."""
-        return describe_segment(self.train, self.data, segment_id)
+    def describe(self, segment_ids: Sequence[int]) -> list[str]:
+        """Names segments of the train split for messages."""
+        return describe_segments(self.train, self.data, segment_ids)
 
 
 def n_segments(split: Split, data: DataConfig) -> int:
@@ -274,10 +275,10 @@ def n_segments(split: Split, data: DataConfig) -> int:
     return Grid(split.index, data.segment, data.tail).n_segments
 
 
-def describe_segment(split: Split, data: DataConfig, segment_id: int) -> str:
-    """Where a segment lies, for messages: "recording NAME, samples a..b", before any random crop."""
-    cuts = Grid(split.index, data.segment, data.tail).cut(np.array([segment_id]))
-    return _describe(split, *(int(field[0]) for field in cuts[:3]))
+def describe_segments(split: Split, data: DataConfig, segment_ids: Sequence[int]) -> list[str]:
+    """Where each segment lies, for messages: "recording NAME, samples a..b", before any random crop."""
+    cuts = Grid(split.index, data.segment, data.tail).cut(np.array(segment_ids, np.int64))
+    return [_describe(split, *place) for place in zip(*(field.tolist() for field in cuts[:3]), strict=True)]
 
 
 def _describe(split: Split, recording: int, start: int, samples: int) -> str:

@@ -364,7 +364,7 @@ class Trainer:
         )
         if now.bad >= self.config.max_bad_steps:
             bad = [b for b, n in zip(micro_batches, own_nats, strict=True) if not math.isfinite(float(n))]
-            names = self.dist.gather([self.data.describe(i) for b in bad for i in b.segment_ids.tolist() if i >= 0])
+            names = self.dist.gather(self.data.describe([i for b in bad for i in b.segment_ids.tolist() if i >= 0]))
             raise InputError(
                 f"no finite loss and gradient in {now.bad} steps up to {now.step}, last gradient norm {norm}; "
                 f"segments of the last one: {', '.join(names) or 'finite losses, only the gradient is not'}; "

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
-from sashimi.grid import FILLER, Grid
-from sashimi.order import played_at, segment_at
+from sashimi.grid import Grid
+from sashimi.order import FILLER, played_at, segment_at
 from sashimi.shard_writer import write_split
 from sashimi.shards import INDEX_DTYPE, Split, open_split
 from sashimi.stream import (
@@ -24,7 +24,7 @@ from sashimi.stream import (
     DataConfig,
     Place,
     Segments,
-    describe_segment,
+    describe_segments,
     eval_batches,
     n_segments,
     train_batches,
@@ -329,11 +329,14 @@ def test_a_missing_shard_is_a_fault_of_its_segments_alone(split: Split, tmp_path
     assert "recording number 0, samples" in batch.faults[0]
 
 
-def test_describe_segment_names_the_recording_and_its_samples(split: Split) -> None:
-    """Mutation: in `Grid.cut`, `side="left"`."""
-    assert describe_segment(split, DATA, 0) == "recording 000000_noise, samples 0..100"
-    assert describe_segment(split, DATA, 5) == "recording 000002_noise, samples 768..1000"
-    assert describe_segment(split, DATA, 6) == "recording 000003_noise, samples 0..256"
+def test_segments_are_described_by_recording_and_samples(split: Split) -> None:
+    """Mutation: in `Grid.cut`, `side="left"`; in `describe_segments`, `np.array(segment_ids)` without a type."""
+    assert describe_segments(split, DATA, [5, 0, 6]) == [
+        "recording 000002_noise, samples 768..1000",
+        "recording 000000_noise, samples 0..100",
+        "recording 000003_noise, samples 0..256",
+    ]
+    assert describe_segments(split, DATA, []) == []
 
 
 def test_streams_leave_the_callers_random_state_alone(split: Split) -> None:
