@@ -139,6 +139,14 @@ class Distributed:
         """Every rank's values, in order of rank, on every rank."""
         return gather_object(values)
 
+    def gather_to_main(self, values: list[T]) -> list[T]:
+        """Every rank's values, in order of rank, on the main rank; nothing on the others."""
+        if self.world_size == 1:
+            return values
+        of_ranks: list[Any] | None = [None] * self.world_size if self.is_main else None
+        torch.distributed.gather_object(values, of_ranks)
+        return [value for of_rank in of_ranks or () for value in of_rank]
+
     def from_main(self, value: Any) -> Any:
         """The main process's value, on every rank."""
         return broadcast_object_list([value])[0]

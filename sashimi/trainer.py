@@ -174,7 +174,9 @@ class Trainer:
             carried = {}
             if self.beginning:
                 own = [tuple(t.cpu() for t in rows.carried) for rows in self.rows]
-                carried = join_rows(dist.gather(own), self.data.accumulation, dist.world_size)
+                rows_of_all = dist.gather_to_main(own)
+                if dist.is_main:
+                    carried = join_rows(rows_of_all, self.data.accumulation, dist.world_size)
             parts: dict[str, Entry] | None = None
             if isinstance(dist, Zero):
                 if self._on_all(lambda: begin_checkpoint(*place) if dist.is_main else None) is None:
