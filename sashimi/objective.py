@@ -63,7 +63,8 @@ class Objective(nn.Module):
         pieces = list(zip(*(t.flatten(0, 1).split(_PIECE) for t in (x, targets, mask)), strict=True))
         if len(pieces) == 1:
             return of_piece(*pieces[0])
-        return torch.stack([checkpoint(of_piece, *piece, use_reentrant=False) for piece in pieces]).sum()
+        nats = [checkpoint(of_piece, *p, use_reentrant=False, preserve_rng_state=False) for p in pieces]
+        return torch.stack(nats).sum()
 
 
 class Rows:

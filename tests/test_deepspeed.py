@@ -39,8 +39,9 @@ from contextlib import nullcontext
 sys.path.insert(0, TESTS)
 import torch
 from precision import watched
-from sashimi import trainer, zero
+from sashimi import objective, trainer, zero
 
+objective._PIECE = int(os.environ.get("PIECE", objective._PIECE))
 zero.FIRST_SCALE, zero.GROWTH_STEPS = 2.0**24, 3
 step, second = trainer.Trainer.step, os.environ.get("RANK") == "1"
 HARD = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -119,16 +120,19 @@ class Runs:
             self.start(name, self.options(stage, precision))
         return metrics(self.folder / name)
 
-    def options(self, stage: int, precision: str) -> list[str]:
-        """The launcher's: a file of launch/deepspeed, but in this precision and with every parameter divided."""
+    def options(self, stage: int, precision: str, **settings: int) -> list[str]:
+        """The launcher's: a file of launch/deepspeed, but in this precision and with every parameter divided.
+
+        `settings` are more of `zero_optimization`.
+        """
         if not stage:
             name = "accelerate_config.yaml" if precision == "bf16" else "launch/accelerate/cpu.yaml"
             return ["--config_file", str(ROOT / name)]
         config = json.loads((ROOT / f"launch/deepspeed/zero{stage}.json").read_text())
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, **settings}
         config["torch_autocast"]["enabled"] = precision != "no"
         config["torch_autocast"]["dtype"] = "float16" if precision == "fp16" else "bfloat16"
-        file = self.folder / f"zero{stage}-{precision}.json"
+        file = self.folder / f"zero{stage}-{precision}{''.join(settings)}.json"
         file.write_text(json.dumps(config))
         launched = str(ROOT / f"launch/accelerate/zero{stage}.yaml")
         return ["--config_file", launched, "--deepspeed_config_file", str(file)]
@@ -174,6 +178,22 @@ def test_zero_trains_as_ddp(runs: Runs, stage: int) -> None:
     assert norms[4] is None
     assert skipped[-1] == 3
     assert norms[0] > 0.2  # so clipping acts
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("stage", [0, 3])
+def test_recomputation_changes_no_loss(runs: Runs, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`train.recompute` and a loss in three pieces: the losses and norms of DDP without either.
+
+    A small model's weights would not be released between uses; here they are, so that what is computed once more must
+    gather them anew. Mutations: `early_stop=False` in either `checkpoint` (stage 3: weights of no size), and in `_nats`
+    `pieces[1:]`.
+    """
+    monkeypatch.setenv("PIECE", "200")
+    released = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    more = ["--train.recompute", "true", "--train.steps", "4"]
+    lines = runs.start(f"recompute-{stage}", runs.options(stage, "no", **released), *more)
+    same(lines, [line for line in runs.get(0) if line["step"] <= 4], rel=1e-6)
 
 
 @pytest.mark.deepspeed
