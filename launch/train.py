@@ -54,8 +54,7 @@ def main() -> None:
 
     dist.barrier()  # every rank has read its checkpoint, and none refused it: now the run folder may change
     if dist.is_main:
-        lengths = (config.train.steps, data.segments_per_epoch)
-        tracker = RunTracker(config.folder, config.track, trainer.state.step, *lengths)
+        tracker = RunTracker(config.folder, config.track, trainer.state.step, train.steps, data.segments_per_epoch)
         rewind(checkpoints, trainer.state.step, note)
         save_config(replace(config, resume="auto"), config.folder / "config.yaml")
         tracker.text("config", (config.folder / "config.yaml").read_text())
@@ -65,10 +64,9 @@ def main() -> None:
         if track.audio_every and step % track.audio_every == 0:
             with tracker.pause(), dist.whole_model(model) as whole:
                 own, samples = range(dist.rank, track.audio_clips, dist.world_size), round(track.audio_seconds * rate)
-                ids = zip(
-                    own, generate(whole, samples, own, seed=config.seed, batch_size=1) if own else (), strict=True
-                )
-                tracker.audio(step, [decode(clip) for _, clip in sorted(dist.gather([*ids]))], rate)
+                clips = generate(whole, samples, own, seed=config.seed, batch_size=1) if own else ()
+                made = sorted(dist.gather(list(zip(own, clips, strict=True))))
+                tracker.audio(step, [decode(clip) for _, clip in made], rate)
 
     with dist.stop_signals():
         with closing(tracker):
