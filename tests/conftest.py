@@ -35,6 +35,13 @@ TINY = (
 ).split()
 
 
+@pytest.fixture(autouse=True)
+def denormals() -> Iterator[None]:
+    """A test that trains in this process leaves it flushing denormals, with which hypothesis cannot make floats."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tones in noise, 0.04 to 0.4 s at 8 kHz, in all three splits: segments of unequal length at every batch."""
