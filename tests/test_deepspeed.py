@@ -186,14 +186,15 @@ def test_recomputation_changes_no_loss(runs: Runs, stage: int, monkeypatch: pyte
     """`train.recompute` and a loss in three pieces: the losses and norms of DDP without either.
 
     A small model's weights would not be released between uses; here they are, so that what is computed once more must
-    gather them anew. Mutations: `early_stop=False` in either `checkpoint` (stage 3: weights of no size), and in `_nats`
-    `pieces[1:]`.
+    gather them anew. Mutations: `early_stop=False` in `Tier._run`, so that the end of a recomputation releases weights
+    in use (stage 3); in `_nats`, `pieces[1:]`.
     """
+    expected = [line for line in runs.get(0) if line["step"] <= 4]
     monkeypatch.setenv("PIECE", "200")
     released = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
     more = ["--train.recompute", "true", "--train.steps", "4"]
     lines = runs.start(f"recompute-{stage}", runs.options(stage, "no", **released), *more)
-    same(lines, [line for line in runs.get(0) if line["step"] <= 4], rel=1e-6)
+    same(lines, expected, rel=1e-6)
 
 
 @pytest.mark.deepspeed
