@@ -128,7 +128,8 @@ def test_readme_commands_exist(call: Call) -> None:
                     helps[script] = call(script, "--help").out
                 assert documents(helps[script], word), words
     scripts = ("launch/train.py", "launch/evaluate.py", "launch/sample.py", "tools/check_shards.py")
-    every = " ".join([launcher.format_help(), *helps.values(), *(call(script, "--help").out for script in scripts)])
+    parts = [[script, "--help"] for script in scripts] + [["tools/bench.py", "train", "--help"]]
+    every = " ".join([launcher.format_help(), *helps.values(), *(call(*words).out for words in parts)])
     for option in re.findall(r"`(--[a-z][\w.-]*)", README):
         assert documents(every, option), option
 

@@ -435,7 +435,7 @@ def test_copies_are_of_what_the_server_has_now(http: Served, noise: Path, node: 
     """
     assert http.folder is not None
     split = open_split(http.url, "train")
-    assert isinstance(split.index, np.memmap)
+    assert isinstance(split.index.base, np.memmap)
     assert http.server.count("GET") == 2
     open_split(http.url, "train")
     assert http.server.count("GET") == 2
