@@ -181,14 +181,18 @@ def test_signal_saves_on_all_ranks_and_resumes(
 
 
 def test_freed_memory_is_kept() -> None:
-    """What a step on a CPU frees is there for the next one: no page of 64 MB is fetched a second time.
+    """What a step on a CPU frees is there for the next one: few of the pages of 64 MB are fetched again.
+
+    An aligned block may miss the one just freed by some bytes, so that two or three places take turns.
 
     Mutation: drop the call of _keep_freed_memory, or its M_MMAP_MAX.
     """
     program = (
         "import resource, torch; from sashimi.distributed import Distributed; Distributed()\n"
         "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "torch.ones(1 << 24); before = faults(); torch.ones(1 << 24); print(faults() - before)"
+        "before = faults()\n"
+        "for _ in range(32): torch.ones(1 << 24)\n"
+        "print(faults() - before)"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert int(result.stdout) < 1000  # of 16,384
+    assert int(result.stdout) < 8 * 16_384  # of 32 x 16,384
