@@ -70,25 +70,32 @@ class Quantizer:
         y = torch.arange(self.levels, dtype=torch.float32) / self.silence - 1
         mu = self.levels - 1
         self.amplitudes = y.sign() * (torch.pow(self.levels, y.abs()) - 1) / mu if self.mu_law else y
-        self.fixed = None if self.minmax else self.encode(int16_values(-32768, 32767))
+        self.dtype = torch.uint8 if config.bits == 8 else torch.int32  # the least that holds a level
+        self.fixed = None if self.minmax else self.encode(_int16_values(-32768, 32767)).to(self.dtype)
 
     def encode(self, audio: Tensor) -> Tensor:
         """Audio (..., L), floating point in [-1, 1], to levels (..., L), int64; louder audio is clipped.
 
-        Segments (L,) of int16 are taken as x / 32768 and give the same levels, mostly much faster. InputError if audio
-        is of another type or shape, or not finite.
+        InputError if audio is of another type, or not finite.
         """
-        if audio.dtype == torch.int16 and audio.dim() == 1 and len(audio):
-            return self._look_up(audio)
         if not audio.is_floating_point():
-            found = f"{audio.dtype} of shape {list(audio.shape)}"
-            raise InputError(f"audio: must be floating point in [-1, 1], or one segment (L,) of int16, not {found}")
+            raise InputError(f"audio: must be floating point in [-1, 1], not {audio.dtype}")
         if not audio.isfinite().all():
             raise InputError("audio: NaN or infinite samples have no level; leave the recording out")
         if self.minmax:
             return self._encode_minmax(audio)
         y = self._compress(audio) if self.mu_law else audio
         return (torch.round(y * self.silence) + self.silence).clamp(0, self.levels - 1).long()
+
+    def encode_int16(self, audio: Tensor) -> Tensor:
+        """The levels of one segment (L,) of int16, taken as x / 32768, L >= 1; mostly much faster. (L,) of `dtype`."""
+        low, table = -32768, self.fixed
+        if table is None:
+            low, high = (int(bound) for bound in audio.aminmax())
+            if high - low >= len(audio):
+                return self._encode_minmax(audio / 32768).to(self.dtype)
+            table = self._encode_minmax(_int16_values(low, high)).to(self.dtype)
+        return table.to(audio.device).index_select(0, audio.int() - low)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Levels (..., L), integers in [0, V), to audio (..., L), float32 in [-1, 1]. InputError for any others."""
@@ -97,16 +104,6 @@ class Quantizer:
                 f"ids: must be integers from 0 to {self.levels - 1}, the levels of {self.config.bits} bits"
             )
         return self.amplitudes.to(ids.device)[ids]
-
-    def _look_up(self, audio: Tensor) -> Tensor:
-        """Levels of int16 audio (L,) from a table of those of all the values that it may have."""
-        low, table = -32768, self.fixed
-        if table is None:
-            low, high = (int(bound) for bound in audio.aminmax())
-            if high - low >= len(audio):
-                return self._encode_minmax(audio / 32768)
-            table = self._encode_minmax(int16_values(low, high))
-        return table.to(audio.device).index_select(0, audio.int() - low)
 
     def _compress(self, x: Tensor) -> Tensor:
         mu = torch.tensor(self.levels - 1, dtype=x.dtype, device=x.device)
@@ -122,7 +119,7 @@ class Quantizer:
         return (unit * (self.levels - 0.01) + 0.005).long()
 
 
-def int16_values(low: int, high: int) -> Tensor:
+def _int16_values(low: int, high: int) -> Tensor:
     """The 16-bit samples from `low` to `high` as floating point audio (high - low + 1,)."""
     return torch.arange(low, high + 1, dtype=torch.int16) / 32768
 

@@ -76,11 +76,12 @@ class Rows:
 
     def play(self, objective: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         """The summed nats of the next segments."""
-        tensors = (t.to(device, non_blocking=True) for t in (batch.inputs, batch.targets, batch.mask, batch.resets))
-        inputs, targets, mask, resets = tensors
+        batch = batch.to(device)
+        mask = batch.mask
         if not self.beginning:
-            return objective(inputs, targets, mask)
-        nats, *after = objective(inputs, targets, mask, *_where(resets, self.beginning, self.carried))
+            return objective(batch.inputs, batch.targets, mask)
+        carried = _where(batch.resets, self.beginning, self.carried)
+        nats, *after = objective(batch.inputs, batch.targets, mask, *carried)
         # Nothing follows on the end of a recording, on damage or on filler; and what is not finite must not spread.
         goes_on = mask.all(dim=1)
         for tensor in after[1:]:

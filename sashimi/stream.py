@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -83,20 +84,45 @@ class DataConfig:
 
 
 class Batch(NamedTuple):
-    """One micro-batch of B rows of L samples."""
+    """One micro-batch of B rows of L samples, in the few bytes that go from process to process and to a GPU."""
 
-    inputs: Tensor
-    """(B, L) int64: the targets one sample later; `inputs[:, 0]` is the level of silence."""
-    targets: Tensor
-    """(B, L) int64 levels; silence where `mask` is False."""
-    mask: Tensor
-    """(B, L) bool: the samples to be scored. False in padding, damaged segments and filler rows."""
+    levels: Tensor
+    """(B, L) uint8, or int32 of more than 8 bits; silence where nothing is scored."""
+    samples: Tensor
+    """(B,) int64: how many are scored, a row's first ones. 0 in damaged segments and filler rows."""
     segment_ids: Tensor
     """(B,) int64; FILLER in filler rows."""
     resets: Tensor
     """(B,) bool: False where a row goes on from its segment in the batch before; True if nothing is carried."""
+    silence: int
+    """The level of silence."""
     faults: tuple[str, ...]
     """A line for each segment that could not be decoded: shard, member, reason, segment."""
+
+    @property
+    def targets(self) -> Tensor:
+        """(B, L) int64 levels."""
+        return self.levels.long()
+
+    @property
+    def inputs(self) -> Tensor:
+        """(B, L) int64: the targets one sample later; `inputs[:, 0]` is silence."""
+        return F.pad(self.levels[:, :-1].long(), (1, 0), value=self.silence)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, L) bool: the samples to be scored."""
+        return torch.arange(self.levels.shape[1], device=self.samples.device) < self.samples.unsqueeze(1)
+
+    @property
+    def scored(self) -> int:
+        """How many samples are scored."""
+        return int(self.samples.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on another device, without waiting for it if the memory is pinned."""
+        levels, samples, ids, resets = (t.to(device, non_blocking=True) for t in self[:4])
+        return Batch(levels, samples, ids, resets, self.silence, self.faults)
 
 
 class Place(NamedTuple):
@@ -142,13 +168,13 @@ class Segments(Dataset[Batch]):
     def __getitem__(self, positions: Int64s) -> Batch:
         ids, cuts, begins = self._locate(positions)
         audio, faults = self._read(ids, cuts)  # before all arithmetic, so that each has the processor's cache in turn
-        targets = torch.full((len(ids), self.data.segment), self.quantizer.silence)
-        mask = torch.zeros(targets.shape, dtype=torch.bool)
-        for row, samples in audio.items():
-            targets[row, : len(samples)] = self.quantizer.encode(torch.from_numpy(samples))
-            mask[row, : len(samples)] = True
-        inputs = torch.cat([torch.full((len(ids), 1), self.quantizer.silence), targets[:, :-1]], dim=1)
-        return Batch(inputs, targets, mask, torch.from_numpy(ids), torch.from_numpy(begins), tuple(faults))
+        levels = torch.full((len(ids), self.data.segment), self.quantizer.silence, dtype=self.quantizer.dtype)
+        samples = torch.zeros(len(ids), dtype=torch.int64)
+        for row, sound in audio.items():
+            levels[row, : len(sound)] = self.quantizer.encode_int16(torch.from_numpy(sound))
+            samples[row] = len(sound)
+        silence = self.quantizer.silence
+        return Batch(levels, samples, torch.from_numpy(ids), torch.from_numpy(begins), silence, tuple(faults))
 
     def _read(self, ids: Int64s, cuts: Cuts) -> tuple[dict[int, np.ndarray], list[str]]:
         """The int16 samples of each row that has any, and a line for each that should have."""

@@ -264,7 +264,7 @@ class Trainer:
             faults = [fault for batch in micro_batches for fault in batch.faults]
             for fault in faults:
                 self.tracker.note(f"cannot decode {fault}; it is not scored")
-            scored = sum(int(batch.mask.sum()) for batch in micro_batches)
+            scored = sum(batch.scored for batch in micro_batches)
             count, stop, n_faults = self.dist.sum(scored, self.dist.stop_requested, len(faults))
             if stop or (n_faults and self.data.data.on_damage == "fatal"):
                 # This batch has not been consumed: a resumed run begins with it. Weights that have just given no
@@ -301,7 +301,7 @@ class Trainer:
         for _ in range(2):
             start = time.perf_counter()
             micro_batches = [next(batches) for _ in range(self.data.accumulation)]
-            (count,) = self.dist.sum(sum(int(batch.mask.sum()) for batch in micro_batches))
+            (count,) = self.dist.sum(sum(batch.scored for batch in micro_batches))
             self.step(micro_batches, int(count))
             seconds = time.perf_counter() - start  # of the second one: the first compiles and allocates
         memory = [int(line) for line in self.dist.gather([str(self.dist.peak_memory())])]
@@ -410,7 +410,7 @@ def evaluate(
     for batch in batches:
         with dist.autocast():
             nats += float(rows.play(objective, batch, dist.device))
-        count += int(batch.mask.sum())
+        count += batch.scored
         faults += batch.faults
     nats, total = dist.sum(nats, count)
     return nats, int(total), dist.gather(faults)

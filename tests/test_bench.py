@@ -23,7 +23,10 @@ OWN = {"batch": ["--largest", "2"], "long": ["--longest", "4"], "stream": ["--cl
         ("kernel", {"krylov_s", "cauchy_s", "krylov_floor_s", "krylov_error"}),
         ("train", {"step_s", "floor_s", "fft_floor_s", "memory_floor_s", "gflop", "moved_gb", "peak_gib"}),
         ("generate", {"batch1_steps_per_s", "batch16_samples_per_s", "plain_batch1_steps_per_s", "batch1_of_floor"}),
-        ("stream", {"samples_per_s", "webdataset_samples_per_s", "floor_samples_per_s", "of_floor", "open_s"}),
+        (
+            "stream",
+            {"samples_per_s", "of_webdataset", "floor_samples_per_s", "of_floor", "long_of_webdataset", "open_s"},
+        ),
         ("long", {"256_us_per_sample", "1024_us_per_sample"}),
         ("scale", {"alone_step_s", "apart_step_s", "together_step_s", "speedup", "small_reduce_s"}),
         ("batch", {"train_batch1_samples_per_s", "generate_batch2_samples_per_s", "train_saturated_at"}),

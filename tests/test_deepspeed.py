@@ -60,7 +60,7 @@ class Poisoned(trainer.Objective):
 def poisoned_step(self, micro_batches, count):
     Poisoned.step = self.state.step + 1
     if Poisoned.step == 7:
-        micro_batches, count = [b._replace(mask=torch.zeros_like(b.mask)) for b in micro_batches], 0
+        micro_batches, count = [b._replace(samples=0 * b.samples) for b in micro_batches], 0
     with watched(self.model) if Poisoned.step == 2 else nullcontext() as precision:
         step(self, micro_batches, count)
     if precision:

@@ -49,11 +49,10 @@ def recording(length: int, rows: int = 2) -> Tensor:
     return torch.randint(16, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def batch(targets: Tensor, mask: Tensor | None = None, resets: Sequence[bool] = (False, False)) -> Batch:
-    """As the stream makes them: silence is the first input of each."""
-    inputs = torch.cat((torch.full_like(targets[:, :1], 8), targets[:, :-1]), dim=1)
-    mask = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
-    return Batch(inputs, targets, mask, torch.zeros(len(targets)), torch.tensor(resets), ())
+def batch(targets: Tensor, first: int | None = None, resets: Sequence[bool] = (False, False)) -> Batch:
+    """Two rows, of which the first has so many samples to score; not given: all of them."""
+    samples = torch.tensor([targets.shape[1] if first is None else first, targets.shape[1]])
+    return Batch(targets.to(torch.uint8), samples, torch.zeros(2), torch.tensor(resets), 8, ())
 
 
 def whole_nats(sashimi: Sashimi, targets: Tensor, start: int = 0) -> float:
@@ -124,10 +123,8 @@ def test_a_row_begins_anew(why: str) -> None:
     sashimi, targets = model(), recording(96)
     objective = Objective(sashimi, carry=True)
     rows = Rows(objective.beginning)
-    mask = torch.ones(2, 48, dtype=torch.bool)
-    mask[0, {"ended": 40, "damaged": 0}.get(why, 48) :] = False
     with torch.no_grad():
-        rows.play(objective, batch(targets[:, :48], mask), CPU)
+        rows.play(objective, batch(targets[:, :48], {"ended": 40, "damaged": 0}.get(why)), CPU)
         if why == "not finite":
             healthy = sashimi.embedding.weight.clone()
             rows = Rows(objective.beginning)

@@ -57,8 +57,8 @@ def in_position_order(streams: list[Iterable[Batch]], n_micro_steps: int) -> Bat
     """The first `n_micro_steps` of all ranks as one Batch, its rows in the order of their positions."""
     micro_steps = zip(*(itertools.islice(stream, n_micro_steps) for stream in streams), strict=True)
     batches = list(itertools.chain.from_iterable(micro_steps))
-    tensors = (torch.cat(field) for field in zip(*(batch[:5] for batch in batches), strict=True))
-    return Batch(*tensors, tuple(fault for batch in batches for fault in batch.faults))
+    tensors = (torch.cat(field) for field in zip(*(batch[:4] for batch in batches), strict=True))
+    return Batch(*tensors, batches[0].silence, tuple(fault for batch in batches for fault in batch.faults))
 
 
 def global_batches(
@@ -73,9 +73,9 @@ def global_batches(
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
-    for name, x, y in zip(Batch._fields[:5], a, b, strict=False):
+    for name, x, y in zip(Batch._fields[:4], a, b, strict=False):
         assert torch.equal(x, y), name
-    assert a.faults == b.faults
+    assert a[4:] == b[4:]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_segments_are_the_signal_cut_from_the_source(
 ) -> None:
     """Across chunks and shards, sample for sample; the input is the target one sample later.
 
-    Mutation: in `Segments`, quantize into `targets[row, -samples:]`.
+    Mutation: in `Segments`, quantize into `levels[row, -len(sound):]`; in `Batch.inputs`, pad with 0.
     """
     data = replace(DATA, crop=crop)
     n = n_segments(split, data)
@@ -247,7 +247,7 @@ def test_segments_are_the_signal_cut_from_the_source(
 
 
 def test_a_whole_epoch_scores_each_sample_once(split: Split) -> None:
-    """With `pad` and no crop nothing is left out. Mutation: in `Segments`, set all of `mask[row]`."""
+    """With `pad` and no crop nothing is left out. Mutation: in `Batch.mask`, `<=`."""
     batch = Segments(split, DATA, AUDIO, SEED)[np.arange(n_segments(split, DATA))]
     assert int(batch.mask.sum()) == sum(LENGTHS)
 
@@ -309,7 +309,7 @@ def test_law_8_a_damaged_segment_is_masked_and_named_and_leaves_the_others_alone
     hit = ~holed.mask.any(dim=1)
     assert torch.all(holed.targets[hit] == 32768)
     assert set(holed.segment_ids[hit].tolist()) == {6, 7, 8}  # those that need the first 600 samples
-    for name, a, b in zip(Batch._fields[:5], whole, holed, strict=False):
+    for name, a, b in zip(Batch._fields[:4], whole, holed, strict=False):
         assert torch.equal(a[~hit], b[~hit]), name
     assert len(holed.faults) == 3
     fault = next(fault for fault in holed.faults if "segment 7" in fault)

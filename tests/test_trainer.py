@@ -78,7 +78,7 @@ def test_step_is_gradient_of_mean_nats(trainer: Callable[..., Trainer]) -> None:
     """
     subject = trainer(2)
     micro_batches = [batch for batch, _ in zip(subject.data.batches(0), range(2), strict=False)]
-    rows = [torch.cat(parts) for parts in zip(*(batch[:3] for batch in micro_batches), strict=True)]
+    rows = [torch.cat([getattr(batch, name) for batch in micro_batches]) for name in ("inputs", "targets", "mask")]
     nats, count = nll(subject.model(rows[0]), rows[1], rows[2])
     expected = torch.autograd.grad(nats / count, subject.parameters)
     gradients: list[torch.Tensor] = []
@@ -98,7 +98,7 @@ def test_masked_batch_changes_nothing_but_position(trainer: Callable[..., Traine
     subject.step([next(batches)], 100)  # gives Adam a momentum that a further update would follow
     before = weights(subject)
     batch = next(batches)
-    subject.step([batch._replace(mask=torch.zeros_like(batch.mask))], 0)
+    subject.step([batch._replace(samples=0 * batch.samples)], 0)
     assert torch.equal(weights(subject), before)
     assert subject.state == RunState(step=2, position=8, skipped=1)
 

@@ -94,8 +94,8 @@ class Racer:
 
     def backward(self, objective: Objective, batch: Batch) -> None:
         """Gradients of a batch's mean."""
-        inputs, targets, mask = (t.to(self.device) for t in batch[:3])
-        (objective(inputs, targets, mask) / mask.sum().clamp(min=1)).backward()
+        batch = batch.to(self.device)
+        (objective(batch.inputs, batch.targets, batch.mask) / max(batch.scored, 1)).backward()
 
     def warm_up(self) -> None:
         """Compile what is compiled at first use, with gradients that are thrown away."""

@@ -39,9 +39,9 @@ def bench_long(config: LongSettings, device: torch.device) -> dict[str, float]:
     """Microseconds a sample to score a recording, and the most memory beyond the model's own, for each length."""
     torch.manual_seed(0)
     objective = Objective(Sashimi(ModelConfig(n_layers=config.n_layers)).to(device).eval(), carry=True)
-    levels = torch.randint(256, (config.batch_size, config.length))
+    levels = torch.randint(256, (config.batch_size, config.length), dtype=torch.uint8)
     ids = torch.zeros(config.batch_size, dtype=torch.int64)
-    segment = Batch(levels, levels, torch.ones_like(levels, dtype=torch.bool), ids, ids > 0, ())
+    segment = Batch(levels, ids + config.length, ids, ids > 0, 128, ())
 
     def play(segments: int) -> Callable[[], None]:
         def once() -> None:

@@ -1,8 +1,8 @@
-"""Reading, decoding and quantizing audio, beside a plain WebDataset pipeline on the same shards."""
+"""Reading, decoding and quantizing audio at random, beside a plain WebDataset pipeline on the same shards in order."""
 
 import io
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,11 @@ from sashimi.errors import InputError
 from sashimi.shard_writer import write_split
 from sashimi.shards import open_split
 from sashimi.stream import DataConfig, train_batches
+
+RATE = 16_000
+ALL = 600 * RATE  # samples of the data set, at least
+LONG = 20 * RATE  # samples of a long recording, at least
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -35,32 +40,43 @@ class StreamSettings(Settings):
 def bench_stream(config: StreamSettings, device: torch.device) -> dict[str, float]:
     """Decoded and quantized samples a second in this process, and of a plain WebDataset pipeline on the same shards.
 
-    The floor is decoding alone: the same recordings' FLAC bytes, already in memory, once through soundfile.
+    The floor is decoding alone: the same recordings' FLAC bytes, already in memory, once through soundfile. All of this
+    for recordings of one segment each, as SC09's are, and (`long_...`) of so many segments that they last 20 seconds.
     And the opening of a data set of many clips.
     """
+    short = compare(config.length, 1, config.repetitions)
+    long = compare(config.length, max(2, -(-LONG // config.length)), config.repetitions)
+    opening = bench_opening(config.clips, config.repetitions)
+    return short | {f"long_{name}": figure for name, figure in long.items()} | opening
+
+
+def compare(length: int, segments: int, repetitions: int) -> dict[str, float]:
+    """Samples a second read from recordings of so many segments of `length` samples."""
     try:
         import webdataset
     except ImportError:
         raise InputError("part=stream: compares with webdataset, which is not here: pip install webdataset") from None
+    recordings, size = -(-ALL // (segments * length)), segments * length
     rng = np.random.default_rng(0)
-    walk = {f"{i}": (rng.normal(0, 500, 20 * 16000).cumsum() % 20000 - 10000).astype(np.int16) for i in range(30)}
-    data = DataConfig(segment=config.length, workers=0)
+    walk = {f"{i}": (rng.normal(0, 500, size).cumsum() % 20000 - 10000).astype(np.int16) for i in range(recordings)}
     with tempfile.TemporaryDirectory() as folder:
-        write_split(Path(folder), "train", walk, 16000)
+        write_split(Path(folder), "train", walk, RATE)
         split = open_split(folder, "train")
-        batches = train_batches(split, replace(data, shards=folder), AudioConfig(16000), 0, 0, 16, None)
+        data = DataConfig(folder, segment=length, workers=0)
+        steps = -(-recordings * segments // BATCH)
+        batches = train_batches(split, data, AudioConfig(RATE), 0, 0, BATCH, None)
         shards = [f"{folder}/{name}" for name in split.shard_names]
-        quantizer = Quantizer(AudioConfig(16000))
+        quantizer = Quantizer(AudioConfig(RATE))
 
         def ours() -> None:
-            for _ in range(20):
+            for _ in range(steps):
                 next(batches)
 
         def plain() -> None:
             for sample in webdataset.WebDataset(shards, shardshuffle=False):
                 sound, _ = sf.read(io.BytesIO(sample["flac"]), dtype="int16")
-                for segment in torch.from_numpy(sound).split(config.length):  # in order, without batches
-                    quantizer.encode(segment)
+                for segment in torch.from_numpy(sound).split(length):  # in order, without batches
+                    quantizer.encode_int16(segment)
 
         encoded = [sample["flac"] for sample in webdataset.WebDataset(shards, shardshuffle=False)]
 
@@ -68,12 +84,13 @@ def bench_stream(config: StreamSettings, device: torch.device) -> dict[str, floa
             for recording in encoded:
                 sf.read(io.BytesIO(recording), dtype="int16")
 
-        taken, other, floor = seconds(config.repetitions, ours, plain, decode)
-    rate, best = 20 * 16 * config.length / taken, 30 * 20 * 16000 / floor
+        taken, other, floor = seconds(repetitions, ours, plain, decode)
+    rate, webdataset_rate = steps * BATCH * length / taken, recordings * size / other
+    best = recordings * size / floor
     return {
         "samples_per_s": rate,
         "floor_samples_per_s": best,
         "of_floor": rate / best,
-        "webdataset_samples_per_s": 30 * 20 * 16000 / other,
-        **bench_opening(config.clips, config.repetitions),
+        "webdataset_samples_per_s": webdataset_rate,
+        "of_webdataset": rate / webdataset_rate,
     }
