@@ -14,42 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sashimi.atomic import Entry
-from sashimi.checkpoint import (
-    Checkpoint,
-    abandon_checkpoint,
-    begin_checkpoint,
-    compare_engines,
-    has_checkpoint,
-    part_name,
-    prune,
-    save_checkpoint,
-    save_part,
-    write_best,
-)
+from sashimi.checkpoint import Checkpoint
 from sashimi.distributed import Distributed
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample
 from sashimi.model import Sashimi
-from sashimi.model_folder import best_step, load_weights
-from sashimi.objective import Carried, Objective, Rows, divide_rows, join_rows
-from sashimi.optim import (
-    OptimConfig,
-    build_ema,
-    build_optimizer,
-    lr_factor,
-    optimizer_tensors,
-    plateau_step,
-    restore_ema,
-    restore_optimizer,
-    set_learning_rates,
-)
-from sashimi.run_state import RunState, check_state
+from sashimi.objective import Carried, Objective, Rows
+from sashimi.optim import OptimConfig, build_ema, build_optimizer, lr_factor, plateau_step, set_learning_rates
+from sashimi.run_state import RunState
+from sashimi.saver import Saver
 from sashimi.stream import Batch, TrainingData
 from sashimi.tracking import Tracker
-from sashimi.zero import Zero
 
 _UNREADABLE = "restore the shards and go on with --resume auto"
 _DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
@@ -115,9 +92,8 @@ class Trainer:
         folder: of checkpoints, runs/NAME/checkpoints.
         """
         self.dist, self.model, self.data = dist, model, data
-        self.config, self.optim, self.seed, self.run_config = config, optim, seed, run_config
-        self.folder, self.tracker = folder, Tracker()
-        self.state = RunState()
+        self.config, self.optim, self.seed, self.folder = config, optim, seed, folder
+        self.state, self.tracker = RunState(), Tracker()
         if optim.ema and dist.zero_stage == 3:
             raise InputError(
                 f"optim.ema={optim.ema}: ZeRO stage 3 divides the weights; use stage 1 or 2, or set it to 0"
@@ -125,39 +101,18 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.n_parameters = sum(p.numel() for p in self.parameters)
         self.ema = build_ema(model, optim.ema) if optim.ema else None
-        self.raw_optimizer = build_optimizer(model.named_parameters(), optim)
+        optimizer = build_optimizer(model.named_parameters(), optim)
         if config.recompute:
             model.recompute_layers()
         objective = Objective(model, carry=data.data.carry > 0)
+        self.rows = [Rows(objective.beginning) for _ in range(data.accumulation)]
+        self.saver = Saver(dist, model, optimizer, self.ema, self.rows, data, run_config, folder, config.keep_last)
         self.beginning = objective.beginning
-        self.rows = [Rows(self.beginning) for _ in range(data.accumulation)]
-        self.objective, self.optimizer = dist.prepare(objective, self.raw_optimizer)
+        self.objective, self.optimizer = dist.prepare(objective, optimizer)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as if the run had never stopped. InputError if the shards hold other audio."""
-        check_state(checkpoint.state)
-        state = RunState.from_json(checkpoint.step, checkpoint.state)
-        if checkpoint.state["data"] != self.data.fingerprint:
-            raise InputError(
-                f"data.shards={self.data.data.shards}: not the shards that the checkpoint was trained on; name those, "
-                "or start another run from its weights with --init-from and a new --name"
-            )
-        compare_engines(checkpoint.state, self.dist.zero_stage, self.dist.world_size)
-        if isinstance(self.dist, Zero):
-            self.dist.restore_optimizer_part(checkpoint.folder / part_name(self.dist.rank))
-        else:
-            load_weights(self.model, checkpoint.model, "checkpoint")
-            restore_optimizer(self.raw_optimizer, self.model.named_parameters(), checkpoint.optimizer)
-        if self.ema is not None:
-            # A run that had no average so far starts one from its weights.
-            restore_ema(self.ema, checkpoint.ema or checkpoint.model, checkpoint.state["ema_updates"])
-        self.dist.loss_scale = checkpoint.state["loss_scale"]
-        if self.beginning:
-            division = (self.data.micro_batch, self.data.accumulation, self.dist.rank, self.dist.world_size)
-            parts = divide_rows(checkpoint.carried, self.beginning, *division)
-            for rows, part in zip(self.rows, parts, strict=True):
-                rows.carried = part
-        self.state = state
+        self.state = self.saver.restore(checkpoint)
 
     @property
     def finished(self) -> str:
@@ -169,71 +124,7 @@ class Trainer:
 
     def save(self) -> bool:
         """Write a checkpoint, all ranks together. False, and a message, if it could not be written."""
-        dist, place = self.dist, (self.folder, self.state.step)
-        with self.tracker.pause(), dist.whole_model(self.model) as model:
-            carried = {}
-            if self.beginning:
-                own = [tuple(t.cpu() for t in rows.carried) for rows in self.rows]
-                rows_of_all = dist.gather_to_main(own)
-                if dist.is_main:
-                    carried = join_rows(rows_of_all, self.data.accumulation, dist.world_size)
-            parts: dict[str, Entry] | None = None
-            if isinstance(dist, Zero):
-                if self._on_all(lambda: begin_checkpoint(*place) if dist.is_main else None) is None:
-                    return False
-                written = self._on_all(lambda: save_part(*place, dist.rank, dist.optimizer_part()))
-                if written is None:
-                    if dist.is_main:
-                        abandon_checkpoint(*place)
-                    return False
-                parts = dict(written)
-            weights = model.state_dict()
-            content = (weights, parts, carried)
-            return self._on_all(lambda: self._write_checkpoint(*content) if dist.is_main else None) is not None
-
-    def _on_all(self, write: Callable[[], Any]) -> list[Any] | None:
-        """What each rank's `write` returned, in their order; None, and a message, if one of them could not write."""
-        result, failure = None, ""
-        try:
-            result = write()
-        except OSError as error:
-            failure = str(error)
-        results = self.dist.gather([(result, failure)])
-        if reasons := "; ".join(failure for _, failure in results if failure):
-            self.tracker.note(f"step {self.state.step} is NOT SAVED: {reasons}; older checkpoints stand")
-            return None
-        return [result for result, _ in results]
-
-    def _write_checkpoint(
-        self, weights: dict[str, Tensor], parts: dict[str, Entry] | None, carried: dict[str, Tensor]
-    ) -> None:
-        now, run = self.state, self.folder.parent
-        state = {
-            **now.to_json(),
-            "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),
-            "loss_scale": self.dist.loss_scale,
-            "data": self.data.fingerprint,
-            "world_size": self.dist.world_size,
-            "zero_stage": self.dist.zero_stage,
-            "mixed_precision": self.dist.precision,
-        }
-        save_checkpoint(
-            self.folder,
-            now.step,
-            weights,
-            optimizer_tensors(self.raw_optimizer, self.model.named_parameters()),
-            state,
-            self.run_config,
-            None if self.ema is None else self.ema.module.state_dict(),
-            parts,
-            carried,
-        )
-        try:
-            if now.best_step is not None and now.best_bits is not None and has_checkpoint(self.folder, now.best_step):
-                write_best(run, now.best_step, now.best_bits)
-            prune(self.folder, self.config.keep_last, best_step(run))
-        except (OSError, InputError) as error:
-            self.tracker.note(f"step {now.step} is saved, but best.json or old checkpoints are as they were: {error}")
+        return self.saver.save(self.state, self.tracker)
 
     def train(self, tracker: Tracker, listen: Callable[[nn.Module, int], None] = lambda model, step: None) -> bool:
         """Run to the last step, or until a signal asks to stop. Saves at the end. True if the run is complete.

@@ -49,11 +49,10 @@ ARROWS: dict[str, set[str]] = {
     "zero": {"atomic", "distributed"},
     "run_state": {"optim"},
     "objective": {"loss", "model", "order", "s4", "stream"},
-    "trainer": {
+    "saver": {
         "atomic",
         "checkpoint",
         "distributed",
-        "loss",
         "model",
         "model_folder",
         "objective",
@@ -62,6 +61,18 @@ ARROWS: dict[str, set[str]] = {
         "stream",
         "tracking",
         "zero",
+    },
+    "trainer": {
+        "checkpoint",
+        "distributed",
+        "loss",
+        "model",
+        "objective",
+        "optim",
+        "run_state",
+        "saver",
+        "stream",
+        "tracking",
     },
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling

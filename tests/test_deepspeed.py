@@ -222,7 +222,7 @@ def test_resume_is_no_interruption(runs: Runs, stage: int, precision: str) -> No
     """Law 12 at one world size: from step 6, losses, weights and the loss scale are bit-equal; hyperparameters are the
     command's.
 
-    Mutations, in zero.py: leave out `load_state_dict`, `update_lp_params`, or the loop over `settings`; in trainer.py:
+    Mutations, in zero.py: leave out `load_state_dict`, `update_lp_params`, or the loop over `settings`; in saver.py:
     do not restore `loss_scale`.
     """
     unbroken, name = runs.get(stage, precision), f"{stage}-{precision}"
@@ -286,7 +286,7 @@ def test_bfloat16_spares_the_state_spaces(runs: Runs) -> None:
 def test_a_rank_that_cannot_write(runs: Runs) -> None:
     """Law 14: the save of step 8, where rank 1 could not write, is said to be none and leaves nothing; others stand.
 
-    Mutation: let `_on_all` look at this rank's own failure alone.
+    Mutation: in `Saver.save`, let `on_all` look at this rank's own failure alone.
     """
     runs.get(1)
     assert "step 8 is NOT SAVED: " in runs.errors["1-no"]

@@ -13,7 +13,7 @@ import torch
 from conftest import command, curve, disk_of, metrics
 from safetensors.torch import load_file
 
-from sashimi import trainer
+from sashimi import saver
 from sashimi.distributed import Distributed
 from sashimi.shard_writer import write_split
 from sashimi.tracking import RunTracker, TrackConfig
@@ -76,7 +76,7 @@ def test_signals_during_saves_lose_nothing(train: Train, tmp_path: Path, monkeyp
     Mutations: `request_stop` raises SystemExit; `Trainer.train` saves once more where `saved == self.state.step`.
     """
     unbroken = train("unbroken")
-    step, save = Trainer.step, trainer.save_checkpoint
+    step, save = Trainer.step, saver.save_checkpoint
     saves = []
 
     def signalled_step(self: Trainer, *arguments: Any) -> None:
@@ -92,7 +92,7 @@ def test_signals_during_saves_lose_nothing(train: Train, tmp_path: Path, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", signalled_step)
-        patch.setattr(trainer, "save_checkpoint", signalled_save)
+        patch.setattr(saver, "save_checkpoint", signalled_save)
         for stopped_at in (4, 6):
             assert train("run")[-1]["step"] == stopped_at
             assert saves[-1] == stopped_at

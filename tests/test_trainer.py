@@ -13,7 +13,7 @@ import torch
 from conftest import curve, recording_lengths
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import sashimi.trainer as trainer_module
+from sashimi import saver
 from sashimi.audio import Quantizer
 from sashimi.checkpoint import load_checkpoint
 from sashimi.distributed import Distributed
@@ -180,14 +180,14 @@ def test_generated_audio_is_in_tensorboard(train: Train, tmp_path: Path) -> None
 
 def no_space(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     """The disk is full whenever a checkpoint of one of these steps is written."""
-    write = trainer_module.save_checkpoint
+    write = saver.save_checkpoint
 
     def full(folder: Path, step: int, *rest: object) -> Path:
         if step in steps:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(folder, step, *rest)
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", full)
+    monkeypatch.setattr(saver, "save_checkpoint", full)
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -236,7 +236,7 @@ def test_a_stopped_run_says_that_it_could_not_save(
 def test_a_best_model_that_was_not_saved(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
     """Until a better one is on disk, the old best checkpoint stays and best.json names it.
 
-    Mutations: `prune(..., now.best_step)`; drop `has_checkpoint(...)` in `_write_checkpoint`.
+    Mutations: `prune(..., now.best_step)`; drop `has_checkpoint(...)` in `Saver._write`.
     """
     no_space(monkeypatch, 2)
     subject = trainer(4, keep_last=1)
