@@ -322,7 +322,7 @@ def test_other_engines_are_refused(
 ) -> None:
     """A ZeRO checkpoint by DDP, in one line; and a damaged part, before anything is unpickled.
 
-    Mutation: no `compare_engines` in `Trainer.restore`.
+    Mutation: no `compare_engines` in `Saver.restore`.
     """
     runs.get(1)
     with pytest.raises(SystemExit):
@@ -479,7 +479,7 @@ def test_several_machines_file(runs: Runs) -> None:
 def test_state_is_carried_under_zero(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 13 where rows carry state: stage 3 on two ranks gives one process's losses, resumed in mid-passage too.
 
-    Mutation: in `Trainer.restore`, leave out `rows.carried = part`.
+    Mutation: in `Saver.restore`, leave out `rows.carried = part`.
     """
     carry = ["--data.carry", "3", "--train.steps", "8", "--train.save_every", "4"]
     command("launch/train.py", runs.arguments("carry-alone", *carry), monkeypatch)

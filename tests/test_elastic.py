@@ -114,7 +114,7 @@ def test_carried_state_survives(tiny_shards: Path, tmp_path: Path, train: Callab
     """Law 12 where rows carry state: killed in mid-passage on two ranks, and on one, a run ends on two with the losses
     of one that was never interrupted. Each row of a rank's micro-batches finds what it had carried.
 
-    Mutations: in `Trainer.restore`, `division` of rank 0; in `join_rows`, no `order`.
+    Mutations: in `Saver.restore`, `division` of rank 0; in `join_rows`, no `order`.
     """
     carry = ["--data.carry", "5", "--train.steps", "14", "--train.batch_size", "8"]
     whole = train("whole", *carry)

@@ -103,7 +103,7 @@ def test_signals_during_saves_lose_nothing(train: Train, tmp_path: Path, monkeyp
 def test_the_loss_scale_is_kept(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Law 12 with fp16's scaler, here on a model in float32: its scale and its count of good steps go on.
 
-    Mutation: leave out `self.dist.loss_scale = ...` in `Trainer.restore`.
+    Mutation: leave out `self.dist.loss_scale = ...` in `Saver.restore`.
     """
     join = Distributed.__init__
 
