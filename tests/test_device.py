@@ -17,6 +17,8 @@ from torch._subclasses import FakeTensorMode
 
 import sashimi
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.objective import Objective, Rows
+from sashimi.stream import Batch
 
 RECIPES: dict[str, dict[str, Any]] = {
     "sashimi": {},
@@ -26,6 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cauchy": {"kernel": "cauchy"},
 }
 LENGTH = 38  # not a multiple of the pooling
+SEGMENT = 48
 
 
 def model_on(device: str, recipe: str) -> Sashimi:
@@ -111,34 +114,41 @@ class Board:
         return [torch.bfloat16]
 
 
-def train_on_board(recipe: str) -> None:
-    """Forward, loss, backward and AdamW on fake tensors of the device type "board", which must be registered."""
+def train_on_board(recipe: str, carry: bool) -> None:
+    """Two segments, from a batch in memory on, and AdamW on fake tensors of the device type "board"."""
     with FakeTensorMode():
         model = model_on("board", recipe).train()
-        inputs = torch.zeros(2, LENGTH, dtype=torch.int64, device="board")
-        logits = model(inputs)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs.flatten())
-        loss.backward()
+        if carry:
+            model.recompute_layers()
+        objective = Objective(model, carry)
+        rows = Rows(objective.beginning)
+        ids = torch.zeros(2, dtype=torch.int64)
+        batch = Batch(torch.zeros(2, SEGMENT, dtype=torch.uint8), ids + SEGMENT, ids, ids > 0, 8, ())
+        for _ in range(2):
+            nats = rows.play(objective, batch, torch.device("board"))
+            (nats / SEGMENT).backward()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
         optimizer.step()
-        assert_on("board", logits, loss, tuple(model.parameters()), tuple(p.grad for p in model.parameters()))
+        assert_on("board", nats, rows.carried, tuple(model.parameters()), tuple(p.grad for p in model.parameters()))
         for state in optimizer.state.values():
             assert_on("board", state["exp_avg"], state["exp_avg_sq"])
 
 
 def train_each_recipe_on_board() -> None:
-    """The body of the process below."""
+    """The body of the process below, in which the device type is registered."""
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend("board", backend_module=Board())
     for recipe in RECIPES:
-        train_on_board(recipe)
+        train_on_board(recipe, carry=False)
+        train_on_board(recipe, carry=True)
 
 
 def test_training_step_stays_on_the_device() -> None:
-    """Forward, loss, backward and AdamW of every recipe, with gradients and moments on the device too.
+    """From the batch to AdamW, for every recipe, with gradients, moments and what is carried on the device too.
 
-    Mutation: in cauchy_kernel, drop `device=C.device`.
+    Mutations: in cauchy_kernel, drop `device=C.device`; in Batch.mask, drop `device=self.samples.device`; in
+    Objective, drop `device=tensors[0].device`.
     """
     root = Path(sashimi.__file__).parents[1]
     program = (
