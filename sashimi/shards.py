@@ -23,9 +23,10 @@ import soundfile as sf
 
 from sashimi.atomic import MANIFEST, from_json, read_json, write_file, write_json
 from sashimi.errors import InputError, one_line
+from sashimi.flac import read_flac
 from sashimi.grid import first_row
 from sashimi.shard_rules import clip_fault, index_fault, manifest_fault
-from sashimi.store import Entry, RemoteFile, RemoteFolder, locate, open_local
+from sashimi.store import BUFFER, Entry, RemoteFile, RemoteFolder, Stretch, locate, open_local
 
 FORMAT = "sashimi-shards-1"
 SPLITS = ("train", "valid", "test")
@@ -97,17 +98,16 @@ class Split:
         stop = start + samples
         rows = self.rows(recording)
         assert 0 <= start <= stop <= rows["start"][-1] + np.uint64(rows["samples"][-1]), (recording, start, samples)
-        chunk = int(np.searchsorted(rows["start"], np.uint64(start), side="right")) - 1
-        out = np.empty(samples, np.int16)
-        done = 0
-        while done < samples:
+        chunk = int(rows["start"].searchsorted(np.uint64(start), side="right")) - 1
+        parts = []
+        while start < stop:
             row = rows[chunk]
-            first = start + done - int(row["start"])
-            count = min(samples - done, int(row["samples"]) - first)
-            out[done : done + count] = read_clip(self._shard(row), row, first, count, self.sample_rate)
-            done += count
+            first = start - int(row["start"])
+            count = min(stop - start, int(row["samples"]) - first)
+            parts.append(read_clip(self._shard(row), row, first, count, self.sample_rate))
+            start += count
             chunk += 1
-        return out
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int16)])
 
     def recording_name(self, recording: int) -> str:
         """Key of a recording, for messages: its number in the plan and the stem of its source file."""
@@ -201,7 +201,7 @@ def _check(folder: Path | RemoteFolder, option: str = "") -> str:
 
 
 class _Clip(sf.SoundFile):
-    """A flac of which one stretch is read. Else soundfile seeks once more after it, which decodes another frame."""
+    """A flac that is read from its beginning. Else soundfile seeks after it, which decodes another frame."""
 
     def seekable(self) -> bool:
         return False
@@ -214,9 +214,16 @@ def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, 
     """
 
     def read() -> tuple[np.ndarray, int]:
-        with open_bytes(shard, int(row["offset"]), int(row["bytes"])) as file, _Clip(file) as flac:
-            flac.seek(start)
-            return flac.read(samples, dtype="int16"), flac.samplerate
+        size = int(row["bytes"])
+        with open_bytes(shard, int(row["offset"]), size) as file:
+            found = read_flac(file, size, start, samples)
+            if found is not None:
+                return found
+            file.seek(0)
+            with _Clip(
+                io.BufferedReader(file, BUFFER)
+            ) as flac:  # from its beginning: to seek, a damaged head is believed
+                return flac.read(start + samples, dtype="int16")[start:], flac.samplerate
 
     try:
         try:
@@ -247,7 +254,7 @@ def member_name(shard: Path | RemoteFile, row: np.void) -> str:
         return f"the member at byte {header_at}"
 
 
-def open_bytes(shard: Path | RemoteFile, offset: int, size: int) -> AbstractContextManager[io.BufferedIOBase]:
+def open_bytes(shard: Path | RemoteFile, offset: int, size: int) -> AbstractContextManager[Stretch | io.BytesIO]:
     """`size` bytes of a shard from `offset` on, as a file. All random reading is done here. OSError if it cannot."""
     return open_local(shard, offset, size) if isinstance(shard, Path) else shard.open(offset, size)
 

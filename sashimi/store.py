@@ -147,7 +147,7 @@ class RemoteFile(NamedTuple):
     def __str__(self) -> str:
         return f"{self.folder.url}/{self.entry.name}"
 
-    def open(self, offset: int, size: int) -> AbstractContextManager[io.BufferedIOBase]:
+    def open(self, offset: int, size: int) -> "AbstractContextManager[Stretch | io.BytesIO]":
         """`size` bytes from `offset` on, as a file: from the cache if there is one, else by one request, at once.
 
         Raises Unreachable.
@@ -284,12 +284,12 @@ class Stretch(io.RawIOBase):
 
 
 @contextmanager
-def open_local(path: Path, offset: int, size: int) -> Iterator[io.BufferedReader]:
-    """`size` bytes of a file from `offset` on, as a file. OSError if it is missing, too short, or cannot be read."""
+def open_local(path: Path, offset: int, size: int) -> Iterator[Stretch]:
+    """`size` bytes of a file from `offset` on, unbuffered. OSError if it is missing, too short, or cannot be read."""
     # Opened each time anew: cheap beside decoding, and safe to fork.
     with open(path, "rb", buffering=0) as file, Stretch(file, offset, size) as stretch:
         try:
-            yield io.BufferedReader(stretch, BUFFER)
+            yield stretch
         finally:
             if stretch.error:
                 raise stretch.error

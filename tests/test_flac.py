@@ -1,0 +1,278 @@
+"""Parts of FLAC streams: what libsndfile packed, sample for sample, or None; the right decoder for each thread."""
+
+import io
+import struct
+from collections.abc import Container
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile as sf
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+
+from sashimi import flac
+from sashimi.flac import read_flac
+from sashimi.shard_writer import write_split
+from sashimi.shards import DamagedMember, Split
+
+RATE = 8000
+LONG = 150_000
+PHASES = [Phase.explicit, Phase.generate]
+
+
+def signals() -> dict[str, np.ndarray]:
+    """LONG samples each, int16, of even and of very uneven bit rates."""
+    rng = np.random.default_rng(0)
+    noise = rng.integers(-32768, 32768, LONG)
+    return {
+        name: audio.astype(np.int16)
+        for name, audio in {
+            "walk": rng.normal(0, 500, LONG).cumsum() % 20000 - 10000,
+            "noise": noise,
+            "silence": np.zeros(LONG),
+            "silence, noise": noise * (np.arange(LONG) > LONG // 2),
+            "noise, silence": noise * (np.arange(LONG) < LONG // 2),
+            "bursts": noise * (np.arange(LONG) // 3000 % 9 == 4),
+            "last samples": noise * (np.arange(LONG) >= LONG - 50),
+            "ever louder": noise * np.exp(np.linspace(-10, 0, LONG)),
+        }.items()
+    }
+
+
+SIGNALS = signals()
+
+
+def encode(audio: np.ndarray, level: int = 8, kind: str = "PCM_16", container: str = "FLAC") -> bytes:
+    file = io.BytesIO()
+    options = {} if container == "WAV" else {"compression_level": level / 8}
+    sf.write(file, audio, RATE, kind, format=container, **options)
+    return file.getvalue()
+
+
+def part(stream: bytes, start: int, samples: int) -> np.ndarray | None:
+    """What `read_flac` makes of a stream; at the right rate."""
+    found = read_flac(io.BytesIO(stream), len(stream), start, samples)
+    assert found is None or found[1] == RATE
+    return None if found is None else found[0]
+
+
+def crc(data: bytes, bits: int, polynomial: int) -> bytes:
+    """The checksums of a frame's header (8 bits) and of a frame (16 bits)."""
+    value = 0
+    for byte in data:
+        value ^= byte << bits - 8
+        for _ in range(8):
+            value = value << 1 ^ (polynomial if value >> bits - 1 & 1 else 0)
+        value &= (1 << bits) - 1
+    return value.to_bytes(bits // 8)
+
+
+def plain_stream(frames: int, checked: Container[int], loud: Container[int] = (), sync: bytes = b"\xff\xf8") -> bytes:
+    """Frames of 16 samples that are the frame's number; the `loud` ones are longer.
+
+    Only the `checked` ones have checksums, which take long.
+    """
+    parts = [b"fLaC\x80\0\0\x22", struct.pack(">HH6xQ16x", 16, 16, RATE << 44 | 15 << 36 | frames * 16)]
+    for number in range(frames):
+        header = sync + b"\x60\x08" + utf8_like(number) + b"\x0f"
+        header += crc(header, 8, 0x07) if number in checked else b"\0"
+        sample = (number & 0xFFFF).to_bytes(2)
+        frame = header + (b"\2" + sample * 16 if number in loud else b"\0" + sample)
+        parts.append(frame + (crc(frame, 16, 0x8005) if number in checked else b"\0\0"))
+    return b"".join(parts)
+
+
+def utf8_like(number: int) -> bytes:
+    """RFC 9639, 9.1.5: six bits in each byte but the first, which begins with as many ones as there are bytes."""
+    if number < 0x80:
+        return bytes([number])
+    size = next(size for size in range(2, 8) if number < 1 << 5 * size + 1)
+    rest = [0x80 | number >> 6 * place & 0x3F for place in reversed(range(size - 1))]
+    return bytes([(0xFF00 >> size & 0xFF) | number >> 6 * (size - 1), *rest])
+
+
+@pytest.mark.parametrize("level", range(9))
+def test_any_part_is_exact(level: int) -> None:
+    """In frames of 1152 (levels 0 to 2) or 4096 samples, at any place, of any signal and length; none is left out.
+
+    Mutations, in `read_flac`: `stream.frames - 2` -> `- 1`; `after < stream.frames - 1` -> `<=`; in `_find`: no `known`
+    but the first two; `- margin` -> `0`.
+    """
+    rng = np.random.default_rng(level)
+    for name, audio in SIGNALS.items():
+        lengths = [LONG, *rng.choice([1, 2, 15, 100, 1151, 1152, 1153, 4095, 4096, 4097, 8192, 8193, 30_000], 4)]
+        for length in lengths:
+            sound = audio[-length:]
+            stream = encode(sound, level)
+            edges = [0, length - 1, *(edge for edge in (1151, 1152, 4096, length // 4096 * 4096) if edge < length)]
+            for start in [*edges, *rng.integers(length, size=8)]:
+                for samples in {1, length - start, rng.integers(1, length - start + 1)}:
+                    found = part(stream, int(start), int(samples))
+                    assert found is not None, (name, length, start, samples)
+                    assert np.array_equal(found, sound[start : start + samples]), (name, length, start, samples)
+
+
+def test_frames_are_found_by_numbers_of_any_size() -> None:
+    """As libsndfile decodes them, and wherever a number takes one byte more; UTF-16's surrogates are numbers too.
+
+    Mutations: drop "surrogatepass" in `_coded`; `0x3F` -> `0x1F` in `_number`.
+    """
+    whole = plain_stream(1000, range(1000))
+    expected = np.arange(1000, dtype=np.int16).repeat(16)
+    assert np.array_equal(sf.read(io.BytesIO(whole), dtype="int16")[0], expected)
+    numbers = (0, 0x7F, 0x80, 0x7FF, 0x800, 0xD7FF, 0xD800, 0xDFFF, 0xE000, 0xFFFF, 0x10000)
+    stream = plain_stream(0x10003, numbers)
+    for number in numbers:
+        assert np.array_equal(part(stream, number * 16, 16), np.full(16, number & 0xFFFF).astype(np.int16)), number
+        assert flac._number(bytearray(flac._coded(number) + b"\x9f")) == number
+        assert flac._coded(number) == utf8_like(number)
+
+
+def test_frames_are_found_in_long_streams() -> None:
+    """Where the first guess is thousands of frames away. Mutation, in `_find`: keep no `known`; or `finditer(data)`."""
+    frames, loud = 40_000, range(30_000, 32_000)
+    numbers = [*range(0, frames, 997), *range(29_990, 32_010, 40)]
+    stream = plain_stream(frames, numbers, loud)
+    for number in numbers:
+        found = part(stream, number * 16, 16)
+        assert found is not None, number
+        assert np.array_equal(found, np.full(16, number).astype(np.int16))
+
+
+def test_only_what_holds_a_part_is_read() -> None:
+    """Twice: the beginning, and a few frames. Mutation: `max(0, ...)` for `begin` in `_find`."""
+    stream = encode(SIGNALS["walk"])
+    reads = []
+
+    class Counted(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            reads.append(len(buffer))
+            return super().readinto(buffer)
+
+    for start in range(0, LONG, 1000):
+        assert read_flac(Counted(stream), len(stream), start, 1000)
+    assert len(reads) == 2 * LONG // 1000
+    assert sum(reads) < len(reads) / 2 * len(stream) / 3
+
+
+def with_padding(stream: bytes, size: int) -> bytes:
+    """The same with that much more metadata."""
+    assert stream[4] == 0, "STREAMINFO is not the last of the metadata"
+    return stream[:42] + b"\1" + size.to_bytes(3) + bytes(size) + stream[42:]
+
+
+def test_what_it_cannot_tell_is_left_to_others() -> None:
+    """Other formats, rests of streams, and metadata beyond the beginning are None; not an error, not other samples.
+
+    Mutations, in `_about`: drop any of the conditions; in `read_flac`, count no samples; in `_find`, let `end - begin`
+    be anything.
+    """
+    audio = SIGNALS["walk"][:20_000]
+    stream = encode(audio)
+    stereo, fine = encode(np.stack([audio, audio], 1)), encode(audio, kind="PCM_24")
+    others = {
+        "stereo": stereo,
+        "stereo that says mono": stereo[:20] + stream[20:26] + stereo[26:],
+        "24 bits": fine,
+        "24 bits that say 16": fine[:20] + stream[20:26] + fine[26:],
+        "8 bits": encode(audio, kind="PCM_S8"),
+        "wav": encode(audio, container="WAV"),
+        "ogg": encode(audio, kind="VORBIS", container="OGG"),
+        "empty": b"",
+        "a few bytes": stream[:30],
+        "metadata alone": stream[:86],
+        "cut": stream[: len(stream) // 2],
+        "long metadata": with_padding(stream, 10_000),
+        "endless metadata": stream[:42] + b"\1\xff\xff\xff" + stream[42:],
+        "another beginning": b"OggS" + stream[4:],
+        "blocks of several lengths": stream[:8] + b"\0\x10" + stream[10:],
+        "blocks of another length": stream[:8] + b"\x20\0\x20\0" + stream[12:],
+        "numbers of samples": plain_stream(1250, range(1250), sync=b"\xff\xf9"),
+        "of unknown length": stream[:21] + bytes([stream[21] & 0xF0]) + bytes(4) + stream[26:],
+        "frames cut off": stream[:22] + (len(audio) * 100).to_bytes(4) + stream[26:],
+    }
+    for name, other in others.items():
+        assert part(other, 19_000, 1000) is None, name
+    assert part(stream, 19_000, 1001) is None
+    endless = stream[:21] + b"\xff" * 5 + stream[26:]
+    assert part(endless, 0x110000 * 4096, 16) is None
+    assert read_flac(io.BytesIO(stream), 1 << 40, 10_000, 1000) is None
+    assert np.array_equal(part(with_padding(stream, 1000), 19_000, 1000), audio[19_000:])
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    """Recordings of one to five chunks, of noise and of music-like sound."""
+    sounds = {
+        name: SIGNALS[name][:n] for name, n in (("walk", LONG), ("bursts", 50_000), ("noise", 4097), ("silence", 9))
+    }
+    return write_split(tmp_path, "train", sounds, RATE, chunk_samples=40_000)
+
+
+def test_our_own_shards_are_read_by_it(split: Split) -> None:
+    """Each chunk, each time, or reading would take twice as long and nothing would say so.
+
+    Mutations: in `read_clip`, `found = None`; `compression_level=1.0` -> `0.0` and `_about` for blocks of 4096 alone.
+    """
+    flac._decoder.cache_clear()  # which each failure does, too
+    calls = 0
+    rng = np.random.default_rng(0)
+    for recording, name in enumerate(("walk", "bursts", "noise", "silence")):
+        rows = split.rows(recording)
+        length = int(rows["samples"].sum())
+        for start in rng.integers(length, size=30).tolist():
+            samples = int(rng.integers(1, min(length - start, 20_000) + 1))
+            assert np.array_equal(split.read(recording, start, samples), SIGNALS[name][start : start + samples])
+            calls += (start + samples - 1) // 40_000 - start // 40_000 + 1
+    info = flac._decoder.cache_info()
+    assert info.hits + info.misses == calls
+
+
+@pytest.mark.parametrize("examples", [150, pytest.param(20_000, marks=pytest.mark.soak)])
+@pytest.mark.timeout(3000)
+def test_damage_is_named_or_elsewhere(split: Split, examples: int, capfd: pytest.CaptureFixture) -> None:
+    """Bits flipped anywhere in a member: never other samples, nor a word of the decoder's own; and what is whole is
+    read as before.
+
+    Mutations: drop "crccheck+explode"; in `read_clip`, seek to `start` and read from there.
+    """
+    path = split.folder / split.shard_names[0]
+    content, row = path.read_bytes(), split.rows(0)[1]
+
+    @settings(max_examples=examples, deadline=None, derandomize=examples < 1000, database=None, phases=PHASES)
+    @given(
+        st.lists(st.tuples(st.integers(0, int(row["bytes"]) - 1), st.integers(0, 7)), min_size=1, max_size=3),
+        st.integers(0, 39_999),
+        st.integers(1, 20_000),
+    )
+    @example([(11, 6)], 3910, 413)  # blocks of several lengths, it says: libsndfile would seek to another place
+    def holds(flips: list[tuple[int, int]], start: int, samples: int) -> None:
+        damaged = bytearray(content)
+        for place, bit in flips:
+            damaged[int(row["offset"]) + place] ^= 1 << bit
+        path.write_bytes(damaged)
+        start, samples = 40_000 + start, min(samples, 40_000 - start)
+        try:
+            found = split.read(0, start, samples)
+        except DamagedMember:
+            found = SIGNALS["walk"][start : start + samples]
+        assert np.array_equal(found, SIGNALS["walk"][start : start + samples])
+        assert np.array_equal(split.read(1, start - 40_000, 9000), SIGNALS["bursts"][start - 40_000 :][:9000])
+
+    holds()
+    assert capfd.readouterr().err == ""
+
+
+def test_threads_have_their_own_decoders() -> None:
+    """They decode at once. Mutation: `threading.get_ident()` -> `0`."""
+    stream = encode(SIGNALS["walk"])
+
+    def reads(seed: int) -> bool:
+        starts = np.random.default_rng(seed).integers(LONG - 20_000, size=50).tolist()
+        return all(np.array_equal(part(stream, at, 20_000), SIGNALS["walk"][at : at + 20_000]) for at in starts)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(reads, range(8)))
