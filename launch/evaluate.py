@@ -12,7 +12,7 @@ from sashimi.loss import bits_per_sample
 from sashimi.model_folder import find_model_folder, load_model, read_audio_config, read_config
 from sashimi.objective import Objective
 from sashimi.parsing import build, parse
-from sashimi.shards import open_split
+from sashimi.split import open_split
 from sashimi.stream import DataConfig, Place, eval_batches
 from sashimi.trainer import evaluate
 

@@ -14,7 +14,8 @@ import numpy as np
 import soundfile as sf
 
 from sashimi.atomic import UNFINISHED
-from sashimi.shards import Split, open_split, seal
+from sashimi.shards import seal
+from sashimi.split import Split, open_split
 
 
 class ShardWriter:

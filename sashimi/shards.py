@@ -1,4 +1,4 @@
-"""The shard format: index the tars of a folder, and read any stretch of any recording back.
+"""The shard format: the tars of a folder, and the index and manifest that are made from them.
 
     shards/NAME/train-000000.tar    plain WebDataset: pairs KEY.flac (16-bit mono) and KEY.json
     shards/NAME/train.npy           the index: a record of INDEX_DTYPE for each flac, in the order of the tars
@@ -14,19 +14,15 @@ import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile as sf
 
 from sashimi.atomic import MANIFEST, from_json, read_json, write_file, write_json
 from sashimi.errors import InputError, one_line
-from sashimi.flac import read_flac
-from sashimi.grid import first_row
-from sashimi.shard_rules import clip_fault, index_fault, manifest_fault
-from sashimi.store import BUFFER, Entry, RemoteFile, RemoteFolder, Stretch, locate, open_local
+from sashimi.shard_rules import clip_fault, manifest_fault
+from sashimi.store import RemoteFile, RemoteFolder
 
 FORMAT = "sashimi-shards-1"
 SPLITS = ("train", "valid", "test")
@@ -57,117 +53,17 @@ class DamagedMember(Exception):
         return f"{shard}: {member}: {reason}"
 
 
-class Split:
-    """Random access to one split of a shard folder; made by `open_split`.
-
-    It holds no open file and no connection that others would use, so it may be pickled and forked freely. `index` is
-    a memory map (rows,) of INDEX_DTYPE, for a remote folder of this node's copy; `checksums` are the shards' SHA-256.
-    """
-
-    def __init__(
-        self,
-        folder: Path | RemoteFolder,
-        name: str,
-        sample_rate: int,
-        shards: list[Entry],
-        labels: list[str],
-        index: np.ndarray,
-    ) -> None:
-        self.folder = folder
-        self.name = name
-        self.sample_rate = sample_rate
-        self.shards = shards
-        self.shard_names = [shard.name for shard in shards]
-        self.checksums = [shard.sha256 for shard in shards]
-        self.labels = labels
-        self.index = np.asarray(index)  # each of a memmap's own fields and rows would be a memmap, which is slow
-        self.n_recordings = int(index["recording"][-1]) + 1
-
-    def __reduce__(self) -> tuple[Callable[..., "Split"], tuple[Path | RemoteFolder, str]]:
-        return open_split, (self.folder, self.name)  # a memory map would be pickled as a full copy
-
-    def rows(self, recording: int) -> np.ndarray:
-        """The index rows of a recording."""
-        return self.index[first_row(self.index, recording) : first_row(self.index, recording + 1)]
-
-    def read(self, recording: int, start: int, samples: int) -> np.ndarray:
-        """Samples start .. start + samples of a recording, int16 (samples,), across its chunks.
-
-        Raises DamagedMember if a chunk it needs is missing, cut or damaged (flac frames carry checksums).
-        """
-        stop = start + samples
-        rows = self.rows(recording)
-        assert 0 <= start <= stop <= rows["start"][-1] + np.uint64(rows["samples"][-1]), (recording, start, samples)
-        chunk = int(rows["start"].searchsorted(np.uint64(start), side="right")) - 1
-        parts = []
-        while start < stop:
-            row = rows[chunk]
-            first = start - int(row["start"])
-            count = min(stop - start, int(row["samples"]) - first)
-            parts.append(read_clip(self._shard(row), row, first, count, self.sample_rate))
-            start += count
-            chunk += 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int16)])
-
-    def recording_name(self, recording: int) -> str:
-        """Key of a recording, for messages: its number in the plan and the stem of its source file."""
-        row = self.rows(recording)[0]
-        name = member_name(self._shard(row), row)
-        return name.rpartition("-")[0] if name.endswith(".flac") else f"number {recording}"
-
-    def _shard(self, row: np.void) -> Path | RemoteFile:
-        entry = self.shards[row["shard"]]
-        return self.folder / entry.name if isinstance(self.folder, Path) else self.folder.file(entry)
-
-
-def open_split(place: str | Path | RemoteFolder, split: str, cache: str | None = None) -> Split:
-    """Opens a split ("train", "valid" or "test") of the shards at a path or address, `cache` as in `store.locate`.
-
-    InputError if there is nothing to read, or if a shard is missing or has another size than the manifest says.
-    """
-    folder = place if isinstance(place, RemoteFolder) else locate(place, cache)
-    manifest = read_manifest(folder)
-    splits = manifest["splits"]
-    if split not in splits or splits[split]["clips"] == 0:
-        filled = ", ".join(name for name in splits if splits[name]["clips"]) or "none"
-        raise InputError(f"{folder} has no clips in split {split!r}: splits with clips are {filled}")
-    shards = [Entry(shard["name"], shard["bytes"], shard["sha256"]) for shard in splits[split]["shards"]]
-    if wrong := _wrong_size(folder, shards):
-        name, size, expected = wrong
-        raise InputError(
-            f"{folder}/{name}: has {size} of {expected} bytes: restore it, or pack the audio again "
-            f"({_check(folder)} lists all that is wrong)"
-        )
-    index = read_index(folder, split, splits[split]["clips"])
-    if fault := index_fault(index, splits[split], len(manifest["labels"])):
-        rebuild = _check(folder, "--rebuild-index")
-        raise InputError(f"{folder}/{split}.npy: {fault}: run {rebuild}, or restore what it names")
-    return Split(folder, split, manifest["sample_rate"], shards, manifest["labels"], index)
-
-
-def _wrong_size(folder: Path | RemoteFolder, shards: list[Entry]) -> tuple[str, int, int] | None:
-    """Name, size and promised size of a shard that is missing or has another size, if there is one."""
-    if isinstance(folder, RemoteFolder):
-        return folder.wrong_size(shards)
-    for name, expected, _ in shards:
-        path = folder / name
-        size = path.stat().st_size if path.is_file() else 0
-        if size != expected:
-            return name, size, expected
-    return None
-
-
 def read_index(folder: Path | RemoteFolder, split: str, clips: int) -> np.ndarray:
     """The index of a split, memory-mapped (clips,) of INDEX_DTYPE. InputError if it is not that."""
-    name = f"{split}.npy"
+    name, remedy = f"{split}.npy", f"run {check_command(folder, '--rebuild-index')}"
     try:
         index = np.load(folder / name if isinstance(folder, Path) else folder.copy(name), mmap_mode="r")
     except InputError:
         raise
     except Exception as error:  # a damaged header makes numpy raise almost anything
-        raise InputError(f"{folder}/{name}: is missing or damaged: run {_check(folder, '--rebuild-index')}") from error
+        raise InputError(f"{folder}/{name}: is missing or damaged: {remedy}") from error
     if not isinstance(index, np.ndarray) or index.dtype != INDEX_DTYPE or index.shape != (clips,):
-        raise InputError(f"{folder}/{name} does not agree with the manifest: run {_check(folder, '--rebuild-index')}")
+        raise InputError(f"{folder}/{name} does not agree with the manifest: {remedy}")
     return index
 
 
@@ -189,74 +85,15 @@ def read_manifest(folder: Path | RemoteFolder) -> dict[str, Any]:
             "give another folder, or pack the audio again"
         )
     if fault := manifest_fault(manifest, SPLITS):
-        raise InputError(f"{where}: {one_line(fault, 200)}: run {_check(folder, '--rebuild-index')}")
+        raise InputError(f"{where}: {one_line(fault, 200)}: run {check_command(folder, '--rebuild-index')}")
     return manifest
 
 
-def _check(folder: Path | RemoteFolder, option: str = "") -> str:
+def check_command(folder: Path | RemoteFolder, option: str = "") -> str:
     """The command that checks a folder; of a remote one, where the shards were packed."""
     words = ("python tools/check_shards.py", str(folder) if isinstance(folder, Path) else "FOLDER", option)
     command = f"`{' '.join(filter(None, words))}`"
     return command if isinstance(folder, Path) else f"{command} on a copy of the folder"
-
-
-class _Clip(sf.SoundFile):
-    """A flac that is read from its beginning. Else soundfile seeks after it, which decodes another frame."""
-
-    def seekable(self) -> bool:
-        return False
-
-
-def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, sample_rate: int) -> np.ndarray:
-    """Samples start .. start + samples of the clip of one index row, int16 (samples,).
-
-    DamagedMember if it cannot be read, or is not at `sample_rate` (Hz).
-    """
-
-    def read() -> tuple[np.ndarray, int]:
-        size = int(row["bytes"])
-        with open_bytes(shard, int(row["offset"]), size) as file:
-            found = read_flac(file, size, start, samples)
-            if found is not None:
-                return found
-            file.seek(0)
-            with _Clip(
-                io.BufferedReader(file, BUFFER)
-            ) as flac:  # from its beginning: to seek, a damaged head is believed
-                return flac.read(start + samples, dtype="int16")[start:], flac.samplerate
-
-    try:
-        try:
-            audio, rate = read()
-        except sf.LibsndfileError:
-            if isinstance(shard, Path) or not shard.mend():
-                raise
-            audio, rate = read()
-    except OSError as error:
-        raise DamagedMember(shard, member_name(shard, row), error.strerror or str(error)) from error
-    except sf.LibsndfileError as error:
-        raise DamagedMember(shard, member_name(shard, row), f"damaged flac: {error.error_string}") from error
-    if rate != sample_rate:
-        raise DamagedMember(shard, member_name(shard, row), f"is at {rate} Hz, not {sample_rate} Hz")
-    if audio.shape != (samples,):
-        reason = f"decoded to shape {audio.shape}, wanted ({samples},)"
-        raise DamagedMember(shard, member_name(shard, row), reason)
-    return audio
-
-
-def member_name(shard: Path | RemoteFile, row: np.void) -> str:
-    """Name of the flac of one index row, from the tar header before it; for messages, so it never fails."""
-    header_at = int(row["offset"]) - tarfile.BLOCKSIZE
-    try:
-        with open_bytes(shard, header_at, tarfile.BLOCKSIZE) as file:
-            return tarfile.TarInfo.frombuf(file.read(), "utf-8", "replace").name
-    except (OSError, tarfile.HeaderError):
-        return f"the member at byte {header_at}"
-
-
-def open_bytes(shard: Path | RemoteFile, offset: int, size: int) -> AbstractContextManager[Stretch | io.BytesIO]:
-    """`size` bytes of a shard from `offset` on, as a file. All random reading is done here. OSError if it cannot."""
-    return open_local(shard, offset, size) if isinstance(shard, Path) else shard.open(offset, size)
 
 
 class ShardScan(NamedTuple):

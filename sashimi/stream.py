@@ -33,7 +33,8 @@ from sashimi.order import (
     rank_positions,
     segment_at,
 )
-from sashimi.shards import DamagedMember, Split, open_split
+from sashimi.shards import DamagedMember
+from sashimi.split import Split, open_split
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from sashimi.shard_writer import write_split
-from sashimi.shards import Split
+from sashimi.split import Split
 
 ROOT = Path(__file__).parent.parent
 RATE = 8000

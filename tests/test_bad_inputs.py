@@ -36,7 +36,7 @@ from sashimi.model_folder import save_model
 from sashimi.optim import OptimConfig
 from sashimi.packing.pack import PackConfig
 from sashimi.parsing import to_dict
-from sashimi.shards import open_split
+from sashimi.split import open_split
 from sashimi.stream import DataConfig
 from sashimi.tracking import TrackConfig
 from sashimi.trainer import TrainConfig

@@ -25,7 +25,8 @@ from sashimi.model_folder import load_model, read_audio_config, save_model
 from sashimi.packing.sources import SourceConfig, find_sources
 from sashimi.run_state import RunState
 from sashimi.shard_writer import write_split
-from sashimi.shards import DamagedMember, open_split
+from sashimi.shards import DamagedMember
+from sashimi.split import open_split
 
 RATE = 8000
 MODEL = ModelConfig(d_model=4, n_layers=1, pool=(2,), d_state=4)

@@ -16,7 +16,7 @@ from conftest import ROOT, TINY, curve, launcher, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sashimi.order import segment_at
-from sashimi.shards import open_split
+from sashimi.split import open_split
 from sashimi.stream import DataConfig, n_segments
 
 STEPS = 30

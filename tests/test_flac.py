@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from sashimi import flac
 from sashimi.flac import read_flac
 from sashimi.shard_writer import write_split
-from sashimi.shards import DamagedMember, Split
+from sashimi.shards import DamagedMember
+from sashimi.split import Split
 
 RATE = 8000
 LONG = 150_000

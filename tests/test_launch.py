@@ -18,7 +18,7 @@ from sashimi.distributed import run_command
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.model_folder import read_audio_config, save_model
 from sashimi.parsing import to_dict
-from sashimi.shards import open_split
+from sashimi.split import open_split
 from sashimi.stream import DataConfig, n_segments
 
 README = (ROOT / "README.md").read_text()

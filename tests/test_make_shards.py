@@ -15,7 +15,7 @@ import pytest
 import soundfile as sf
 from conftest import ROOT, command, recording_lengths
 
-from sashimi.shards import open_split
+from sashimi.split import open_split
 
 RATE = 16000
 COMMAND = [sys.executable, str(ROOT / "tools/make_shards.py")]

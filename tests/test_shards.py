@@ -23,7 +23,8 @@ from sashimi.grid import Grid
 from sashimi.packing.verify import verify
 from sashimi.shard_rules import index_fault
 from sashimi.shard_writer import ShardWriter, regroup, write_split
-from sashimi.shards import INDEX_DTYPE, NO_LABEL, DamagedMember, Split, open_split, rebuild, seal
+from sashimi.shards import INDEX_DTYPE, NO_LABEL, DamagedMember, rebuild, seal
+from sashimi.split import Split, open_split
 
 RATE = 8000
 CHUNK = 1000

@@ -30,7 +30,7 @@ from sashimi import remote, store
 from sashimi.audio import AudioConfig
 from sashimi.errors import InputError
 from sashimi.shard_writer import write_split
-from sashimi.shards import Split, open_split
+from sashimi.split import Split, open_split
 from sashimi.stream import Batch, DataConfig, Segments, n_segments, train_batches
 
 boto3 = pytest.importorskip("boto3")

@@ -18,7 +18,8 @@ from sashimi.errors import InputError
 from sashimi.grid import Grid
 from sashimi.order import FILLER, played_at, segment_at
 from sashimi.shard_writer import write_split
-from sashimi.shards import INDEX_DTYPE, Split, open_split
+from sashimi.shards import INDEX_DTYPE
+from sashimi.split import Split, open_split
 from sashimi.stream import (
     Batch,
     DataConfig,

@@ -24,7 +24,7 @@ from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, Plateau
 from sashimi.run_state import RunState
 from sashimi.sampler import generate
-from sashimi.shards import open_split
+from sashimi.split import open_split
 from sashimi.stream import AudioConfig, Batch, DataConfig, Place, TrainingData, eval_batches
 from sashimi.tracking import Tracker
 from sashimi.trainer import TrainConfig, Trainer, evaluate

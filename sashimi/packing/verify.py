@@ -12,16 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from sashimi.errors import InputError
-from sashimi.shards import (
-    INDEX_DTYPE,
-    SPLITS,
-    DamagedMember,
-    member_name,
-    read_clip,
-    read_index,
-    read_manifest,
-    scan_shard,
-)
+from sashimi.shards import INDEX_DTYPE, SPLITS, DamagedMember, read_index, read_manifest, scan_shard
+from sashimi.split import member_name, read_clip
 
 FRAME_SECONDS = 0.02
 SILENCE = 10 ** (-60 / 20)  # a frame with a lower RMS is silent: -60 dB of full scale

@@ -17,7 +17,7 @@ from sashimi.loss import bits_per_sample
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, build_optimizer
-from sashimi.shards import open_split
+from sashimi.split import open_split
 from sashimi.stream import Batch, DataConfig, TrainingData
 from sashimi.trainer import evaluate
 

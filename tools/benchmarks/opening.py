@@ -9,7 +9,8 @@ import numpy as np
 from benchmarks.floors import seconds
 from sashimi.atomic import write_json
 from sashimi.audio import AudioConfig
-from sashimi.shards import FORMAT, INDEX_DTYPE, SPLITS, open_split
+from sashimi.shards import FORMAT, INDEX_DTYPE, SPLITS
+from sashimi.split import open_split
 from sashimi.stream import DataConfig, Segments
 
 SHARD_CLIPS = 10_000

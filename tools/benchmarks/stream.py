@@ -15,7 +15,7 @@ from benchmarks.settings import Settings
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
 from sashimi.shard_writer import write_split
-from sashimi.shards import open_split
+from sashimi.split import open_split
 from sashimi.stream import DataConfig, train_batches
 
 RATE = 16_000
