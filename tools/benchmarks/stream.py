@@ -20,7 +20,8 @@ from sashimi.split import open_split
 from sashimi.stream import DataConfig, train_batches
 
 RATE = 16_000
-ALL = 600 * RATE  # samples of the data set, at least
+ALL = 600 * RATE  # samples of a data set, at least, if they are no more than so many recordings
+MOST = 2000
 LONG = 20 * RATE  # samples of a long recording, at least
 BATCH = 16
 
@@ -57,7 +58,8 @@ def compare(length: int, segments: int, repetitions: int) -> dict[str, float]:
         import webdataset
     except ImportError:
         raise InputError("part=stream: compares with webdataset, which is not here: pip install webdataset") from None
-    recordings, size = -(-ALL // (segments * length)), segments * length
+    size = segments * length
+    recordings = min(-(-ALL // size), MOST)
     rng = np.random.default_rng(0)
     walk = {f"{i}": (rng.normal(0, 500, size).cumsum() % 20000 - 10000).astype(np.int16) for i in range(recordings)}
     with tempfile.TemporaryDirectory() as folder:
