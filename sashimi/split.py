@@ -14,7 +14,7 @@ from sashimi.flac import read_flac
 from sashimi.grid import first_row
 from sashimi.shard_rules import index_fault
 from sashimi.shards import DamagedMember, check_command, read_index, read_manifest
-from sashimi.store import BUFFER, Entry, RemoteFile, RemoteFolder, Stretch, locate, open_local
+from sashimi.store import Entry, RemoteFile, RemoteFolder, Stretch, locate, open_local
 
 
 class Split:
@@ -137,7 +137,7 @@ def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, 
             if found is not None:
                 return found
             file.seek(0)
-            with _Clip(io.BufferedReader(file, BUFFER)) as flac:
+            with _Clip(io.BufferedReader(file)) as flac:
                 # All from its beginning: a damaged head would be believed when seeking.
                 return flac.read(start + samples, dtype="int16")[start:], flac.samplerate
 

@@ -36,7 +36,6 @@ from sashimi.remote import SCHEMES, Client, Unreachable
 REQUESTS = 32  # sizes asked for at once
 CHECKED_SECONDS = 600  # sizes of shards found right by one process are right for the others of its node this long
 LOCK_SECONDS = 600  # longest wait for another process of this node
-BUFFER = 1 << 15  # bytes asked of a local file at once, where not all of a stretch is needed
 STALE_SECONDS = 3600  # an unfinished file of the cache that nobody has written to for so long is deleted
 
 
