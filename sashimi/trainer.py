@@ -44,6 +44,8 @@ class TrainConfig:
     """Segments a forward pass and rank; the rest of the batch is accumulated. 0: batch_size / world size."""
     recompute: bool = False
     """Keep each layer's input only, and compute the layer once more for its gradient: less memory, slower steps."""
+    compile: bool = False
+    """Run the layers by torch.compile: fewer and larger kernels, which is for GPUs. The first step takes minutes."""
     valid_every: int = 1000
     """Steps between evaluations of the whole validation split."""
     save_every: int = 1000
@@ -98,12 +100,18 @@ class Trainer:
             raise InputError(
                 f"optim.ema={optim.ema}: ZeRO stage 3 divides the weights; use stage 1 or 2, or set it to 0"
             )
+        if config.compile and dist.zero_stage == 3:
+            raise InputError("train.compile=true: ZeRO stage 3 divides the weights; use stage 1 or 2, or set false")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.n_parameters = sum(p.numel() for p in self.parameters)
         self.ema = build_ema(model, optim.ema) if optim.ema else None
         optimizer = build_optimizer(model.named_parameters(), optim)
         if config.recompute:
             model.recompute_layers()
+        if config.compile:
+            for module in (model, self.ema and self.ema.module):
+                if isinstance(module, Sashimi):
+                    module.compile_layers()
         objective = Objective(model, carry=data.data.carry > 0)
         self.rows = [Rows(objective.beginning) for _ in range(data.accumulation)]
         self.saver = Saver(dist, model, optimizer, self.ema, self.rows, data, run_config, folder, config.keep_last)

@@ -434,13 +434,22 @@ def test_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         Zero(str(ZERO[0]))
 
 
-def test_averaged_weights_need_whole_ones(tiny_shards: Path, tmp_path: Path) -> None:
-    """EMA with stage 3 is refused. Mutation: drop the check in `Trainer.__init__`."""
+@pytest.mark.parametrize(
+    ("train", "optim", "field"),
+    [
+        (TrainConfig(), OptimConfig(ema=0.9), "optim.ema=0.9"),
+        (TrainConfig(compile=True), OptimConfig(), "train.compile=true"),
+    ],
+)
+def test_what_needs_whole_weights(
+    train: TrainConfig, optim: OptimConfig, field: str, tiny_shards: Path, tmp_path: Path
+) -> None:
+    """It is refused with stage 3. Mutation: drop either check in `Trainer.__init__`."""
     dist, model = Distributed(), Sashimi(ModelConfig(d_model=8, n_layers=1))
     dist.zero_stage = 3
     data = TrainingData(DataConfig(str(tiny_shards), segment=512, workers=0), AudioConfig(8000), 0, 4, 4)
-    with pytest.raises(InputError, match=r"^optim.ema=0.9: ZeRO stage 3 divides the weights; use stage 1 or 2"):
-        Trainer(dist, model, data, TrainConfig(), OptimConfig(ema=0.9), 0, {}, tmp_path)
+    with pytest.raises(InputError, match=f"^{field}: ZeRO stage 3 divides the weights; use stage 1 or 2"):
+        Trainer(dist, model, data, train, optim, 0, {}, tmp_path)
 
 
 # ---- the launchers' files
