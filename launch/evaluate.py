@@ -69,6 +69,7 @@ def main() -> None:
     if dist.is_main:
         bits = {"bits_per_sample": bits_per_sample(nats, count), "samples": count, "undecodable": faults}
         of = {"model": str(folder), "data": data.shards, "split": config.split, "segment": segment, "carry": carry}
+        of["precision"] = dist.precision
         print(text := json.dumps(bits | of, indent=2))
         if config.out:
             Path(config.out).write_text(text + "\n")

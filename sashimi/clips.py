@@ -135,14 +135,14 @@ def sample_to_folder(
     agree(folder, own)  # in a new folder, with rank 0: another machine may have another engine
 
     work = batches_of(missing, config.batch_size)[rank::world_size]
-    began, steps = time.perf_counter(), 0
+    began, steps, there = time.perf_counter(), 0, len(finished)
 
     def report(new_steps: int) -> None:
         nonlocal steps
         steps += new_steps
         done = steps / (len(work) * n_samples)
         rate = done * len(missing) * n_samples / (time.perf_counter() - began)
-        on_progress(Progress(done, len(list(folder.glob("clip-*.wav"))), rate))
+        on_progress(Progress(done, there, rate))
 
     for batch, clips in work:
         ids, nats = generator.batch(batch, n_samples, report)
@@ -151,6 +151,7 @@ def sample_to_folder(
             whole = quantizer.decode(torch.cat((prompt, ids[row])))
             bits = float(nats[row].numpy().mean()) / math.log(2)  # torch would split the sum by its number of threads
             write_clip(folder, clip, whole, bits, settings)
+        there = len(list(folder.glob("clip-*.wav")))
         report(0)
     barrier()
 

@@ -73,6 +73,8 @@ class Distributed:
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.precision = self.accelerator.mixed_precision
+        # Whatever the environment says: TF32, of 10 bits, would make another kernel than generation's steps have.
+        torch.set_float32_matmul_precision("highest")
         if self.device.type == "cpu":
             _keep_freed_memory()
             # Powers of A and gradients run out into numbers with which a processor is ten times as slow as with zeros.
@@ -209,6 +211,15 @@ def _check_environment() -> None:
         raise InputError(
             f"RANK={rank}: must be below WORLD_SIZE={size}; unset both, or let `accelerate launch` set them"
         )
+    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= devices > 0 and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
+        raise InputError(
+            f"LOCAL_RANK={local_rank}: there are {devices} GPUs here, and each process needs its own; start {devices} "
+            "processes a machine (num_processes, PROCESSES_PER_NODE)"
+        )
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() not in ("", "no"):
+        raise InputError(f"ACCELERATE_DYNAMO_BACKEND={dynamo}: set dynamo_backend to no, and train.compile to true")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16", "fp16"):
         raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, bf16 or fp16 (--mixed_precision)")
@@ -223,14 +234,14 @@ def ignore_stop_signals(worker: int) -> None:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; what its user can mend becomes one line on stderr and exit code 2.
 
-    That is bad input, files and folders that cannot be used, and too little memory. A rank that has lost another one
-    says so in one line and leaves at once with exit code 1.
+    That is bad input, files and folders that cannot be used, too little memory, and a missing compiler. A rank that has
+    lost another one says so in one line and leaves at once with exit code 1.
     """
     try:
         main()
     except (InputError, OSError, RuntimeError, MemoryError) as error:
         if _is_lost_peer(error):
-            reason = str(error).splitlines()[0].partition(" This is typically")[0]
+            reason = " ".join(str(error).partition(" This is typically")[0].split())
             _report(
                 f"lost another process ({reason}), see its own message; the same command goes on from what is saved"
             )
@@ -280,4 +291,7 @@ def _mendable(error: Exception) -> str | None:
             "out of memory: lower train.micro_batch, data.segment or the model's size, "
             "or --batch-size and --seconds where there are such"
         )
+    if missing := re.search("InvalidCxxCompiler|TritonMissing|Failed to find C compiler", str(error)):
+        remedy = "install a C++ compiler (g++), and on GPUs Triton, or set it to false"
+        return f"train.compile=true: cannot compile ({missing[0]}): {remedy}"
     return None

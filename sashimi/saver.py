@@ -101,7 +101,8 @@ class Saver:
                 failure = str(error)
             results = dist.gather([(result, failure)])
             if reasons := "; ".join(failure for _, failure in results if failure):
-                tracker.note(f"step {state.step} is NOT SAVED: {reasons}; older checkpoints stand")
+                if dist.is_main:
+                    tracker.note(f"step {state.step} is NOT SAVED: {reasons}; older checkpoints stand")
                 return None
             return [result for result, _ in results]
 

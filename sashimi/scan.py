@@ -123,8 +123,8 @@ class Chunks(torch.autograd.Function):
 def chain(driven: list[Tensor], start: Tensor, M: Tensor, M_R: Tensor, *, reverse: bool) -> tuple[list[Tensor], Tensor]:
     """The states before each of the R steps x M + driven[r], R times (H, B·S, N), and after all runs, (H, B, N).
 
-    `driven` is R times (H, B·S, N), and lost; `start` (H, B, N) is where the first run begins, and M_R is M to the
-    power R. With `reverse` the last run is the first.
+    `driven` is R times (H, B·S, N), and is overwritten; `start` (H, B, N) is where the first run begins, and M_R is M
+    to the power R. With `reverse` the last run is the first.
     """
     last = driven[0]
     for step in driven[1:]:

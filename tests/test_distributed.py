@@ -12,6 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY, command, curve, launch, launcher, metrics
 
+from sashimi.distributed import Distributed
+
 
 @pytest.fixture(scope="module")
 def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -133,15 +135,21 @@ def test_world_size_may_change_on_resume(runs: Path, tiny_shards: Path) -> None:
 
 
 def test_evaluation_does_not_depend_on_ranks(runs: Path, tiny_shards: Path) -> None:
-    """Law 8: each segment once on 1, 2 and 3 ranks. Mutation: `ids = arange(...) * world_size` without `+ rank`."""
+    """Law 8: each segment once on 1, 2 and 3 ranks; in another precision the result is another, and says so.
+
+    Mutations: `ids = arange(...) * world_size` without `+ rank`; in evaluate.py, another `precision`.
+    """
     results = []
-    for ranks in (1, 2, 3):
+    for ranks, precision in ((1, "no"), (2, "no"), (3, "no"), (1, "bf16")):
         argv = [str(runs / "ranks-1"), "--data", str(tiny_shards), "--split", "test"]
-        done = launch(ranks, "launch/evaluate.py", argv)
+        done = launch(ranks, "launch/evaluate.py", argv, options=["--mixed_precision", precision])
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout))
     assert len({result["samples"] for result in results}) == 1
-    assert all(r["bits_per_sample"] == pytest.approx(results[0]["bits_per_sample"], rel=1e-6) for r in results)
+    assert [result["precision"] for result in results] == ["no", "no", "no", "bf16"]
+    bits = [result["bits_per_sample"] for result in results]
+    assert bits[:3] == pytest.approx(bits[:1] * 3, rel=1e-6)
+    assert abs(bits[3] / bits[0] - 1) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -178,6 +186,18 @@ def test_signal_saves_on_all_ranks_and_resumes(
     assert "stopped by a signal" in stderr
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
     assert int(checkpoint.name[5:]) == metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_products_are_float32() -> None:
+    """Law 5 where the environment or a library has asked for TF32. Mutation: drop `set_float32_matmul_precision`."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        Distributed()
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_freed_memory_is_kept() -> None:

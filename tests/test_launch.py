@@ -2,7 +2,11 @@
 
 import ast
 import inspect
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT, TINY, Call, contents, curve, metrics
+from torch._dynamo.exc import InternalTorchDynamoError
 
 import sashimi
 from sashimi.audio import AudioConfig
@@ -17,6 +22,7 @@ from sashimi.config import parse_run_config
 from sashimi.distributed import run_command
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.model_folder import read_audio_config, save_model
+from sashimi.order import accumulation_steps
 from sashimi.parsing import to_dict
 from sashimi.split import open_split
 from sashimi.stream import DataConfig, n_segments
@@ -134,6 +140,20 @@ def test_readme_commands_exist(call: Call) -> None:
         assert documents(every, option), option
 
 
+def test_readme_recipes_fit_their_gpus() -> None:
+    """As many processes as a command starts with a recipe can share its batch. Mutation: two nodes in train.slurm."""
+    script = (ROOT / "launch/slurm/train.slurm").read_text()
+    numbers = (int(n) for n in re.findall(r"^#SBATCH --(?:nodes|gpus-per-node)=(\d+)", script, re.MULTILINE))
+    one_machine = yaml.safe_load((ROOT / "accelerate_config.yaml").read_text())["num_processes"]
+    commands = re.findall(r"^(sbatch|accelerate).* --config (launch/recipes/\S+)", README, re.MULTILINE)
+    assert {command for command, _ in commands} == {"sbatch", "accelerate"}
+    on_cluster = math.prod(numbers)
+    for command, recipe in commands:
+        train = parse_run_config(["--config", str(ROOT / recipe)]).train
+        processes = on_cluster if command == "sbatch" else one_machine
+        assert accumulation_steps(train.batch_size, train.micro_batch, processes) >= 1
+
+
 def documents(help: str, option: str) -> bool:
     """Whether a --help mentions an option; dashes and underscores are the same."""
     return re.search(rf"{option.replace('-', '_')}\b", help.replace("-", "_")) is not None
@@ -179,6 +199,7 @@ def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError("no name"), "no name"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: lower train.micro_batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: lower train.micro_batch"),
+        (RuntimeError("TritonMissing: no Triton"), "train.compile=true: cannot compile (TritonMissing): install a C++"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(raised: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,11 +213,31 @@ def test_what_a_user_can_mend_is_one_line(raised: Exception, line: str, capsys: 
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
-    def breaks() -> None:
-        raise RuntimeError("shapes do not match")
+    for error in (RuntimeError("shapes do not match"), InternalTorchDynamoError("no such guard")):
 
-    with pytest.raises(RuntimeError):
-        run_command(breaks)
+        def breaks(error: Exception = error) -> None:
+            raise error
+
+        with pytest.raises(type(error)):
+            run_command(breaks)
+
+
+def test_a_lost_process_is_one_line_with_its_reason() -> None:
+    """All lines of it, as NCCL has the cause on a later one. Mutation: `splitlines()[0]` of the reason."""
+    program = """
+import torch
+from sashimi.distributed import run_command
+def fails():
+    raise torch.distributed.DistBackendError("NCCL error in: a.cpp:1\\nLast error:\\nno interface")
+run_command(fails)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "error: lost another process (NCCL error in: a.cpp:1 Last error: no interface), see its own message; "
+        "the same command goes on from what is saved"
+    ]
 
 
 def test_audio_config_comes_with_the_model(tmp_path: Path) -> None:
