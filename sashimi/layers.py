@@ -3,6 +3,8 @@
 Shapes: **B** batch, **L** samples, **H** channels, **p** pooling factor.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,6 +99,24 @@ class Residual(nn.Module):
     def init_state(self, batch_size: int) -> S4State | None:
         """The layer's own, or None."""
         return self.layer.init_state(batch_size)
+
+
+def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
+    """From now on run each `Residual` of a model by torch.compile, which makes fewer and larger kernels of it.
+
+    `backend` as in torch.compile. Each shape of inputs is compiled for itself. Two settings of torch change for the
+    whole process: how many graphs a function may have, and that compiled gradients are computed without autocast.
+    """
+    from torch._dynamo import config as dynamo  # takes a second
+    from torch._functorch import config as functorch
+
+    # One graph for each kind of layer of each tier, with and without gradients: more than the 8 that are allowed.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    # Gradients as without compiling: by no autocast. Else those of the state space would be bfloat16's.
+    functorch.backward_pass_autocast = "off"
+    for module in model.modules():
+        if isinstance(module, Residual):
+            module.compile(backend=backend, dynamic=False)
 
 
 class DownPool(nn.Module):

@@ -7,7 +7,7 @@ The model never shifts: `inputs[:, t]` is sample t − 1, and its logits predict
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_type_hints
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -314,23 +314,6 @@ class Sashimi(nn.Module):
         for module in self.modules():
             if isinstance(module, Tier):
                 module.recompute = True
-
-    def compile_layers(self, backend: Any = "inductor") -> None:
-        """From now on run the layers by torch.compile, which makes fewer and larger kernels of each.
-
-        `backend` as in torch.compile. Each shape of inputs is compiled for itself. Two settings of torch change for the
-        whole process: how many graphs a function may have, and that compiled gradients are computed without autocast.
-        """
-        from torch._dynamo import config as dynamo  # takes a second
-        from torch._functorch import config as functorch
-
-        # One graph for each kind of layer of each tier, with and without gradients: more than the 8 that are allowed.
-        dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
-        # Gradients as without compiling: by no autocast. Else those of the state space would be bfloat16's.
-        functorch.backward_pass_autocast = "off"
-        for module in self.modules():
-            if isinstance(module, Residual):
-                module.compile(backend=backend, dynamic=False)
 
     def read_out(self, x: Tensor) -> Tensor:
         """x: (..., H) -> logits (..., V)."""

@@ -19,6 +19,7 @@ from torch import nn
 from sashimi.checkpoint import Checkpoint
 from sashimi.distributed import Distributed
 from sashimi.errors import InputError
+from sashimi.layers import compile_layers
 from sashimi.loss import bits_per_sample
 from sashimi.model import Sashimi
 from sashimi.objective import Carried, Objective, Rows
@@ -109,9 +110,9 @@ class Trainer:
         if config.recompute:
             model.recompute_layers()
         if config.compile:
-            for module in (model, self.ema and self.ema.module):
-                if isinstance(module, Sashimi):
-                    module.compile_layers()
+            compile_layers(model)
+            if self.ema is not None:
+                compile_layers(self.ema.module)
         objective = Objective(model, carry=data.data.carry > 0)
         self.rows = [Rows(objective.beginning) for _ in range(data.accumulation)]
         self.saver = Saver(dist, model, optimizer, self.ema, self.rows, data, run_config, folder, config.keep_last)

@@ -67,6 +67,7 @@ ARROWS: dict[str, set[str]] = {
     "trainer": {
         "checkpoint",
         "distributed",
+        "layers",
         "loss",
         "model",
         "objective",

@@ -19,7 +19,7 @@ from trained_like import relative, trained_like
 
 from sashimi import s4
 from sashimi.distributed import Distributed
-from sashimi.layers import Residual
+from sashimi.layers import Residual, compile_layers
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.objective import Objective
 from sashimi.optim import OptimConfig
@@ -61,7 +61,7 @@ def test_layers_are_whole_graphs(
     """One graph, forward and backward, for each kind of layer of each tier; nats and gradients are those without.
 
     Law 5 holds in the graphs, backward ones included. Mutations: in `S4.forward`, a print, or `enabled=True`; in
-    `Sashimi.compile_layers`, drop `backward_pass_autocast`, `recompile_limit` or `dynamic=False`.
+    `compile_layers`, drop `backward_pass_autocast`, `recompile_limit` or `dynamic=False`.
     """
     monkeypatch.setattr(s4, "in_chunks", lambda device: form == "chunks")
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def test_layers_are_whole_graphs(
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    compiled.compile_layers(aot_autograd(fw_compiler=compiler))
+    compile_layers(compiled, aot_autograd(fw_compiler=compiler))
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     ids = torch.randint(16, (2, 49))
     mask = torch.ones(2, 48, dtype=torch.bool)

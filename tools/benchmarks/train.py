@@ -17,6 +17,7 @@ from benchmarks.floors import (
 )
 from benchmarks.settings import Settings
 from sashimi.distributed import Distributed
+from sashimi.layers import compile_layers
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, build_optimizer
@@ -48,7 +49,7 @@ def bench_train(config: TrainSettings, device: torch.device) -> dict[str, float]
     if config.recompute:
         model.recompute_layers()
     if config.compile:
-        model.compile_layers()
+        compile_layers(model)
     objective, optimizer = Objective(model), build_optimizer(model.named_parameters(), OptimConfig())
     ids = torch.randint(256, (config.batch_size, config.length + 1), device=device)
     mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
