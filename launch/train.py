@@ -12,7 +12,7 @@ from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, re
 from sashimi.config import adopt_model, parse_run_config, save_config
 from sashimi.distributed import ignore_stop_signals, run_command
 from sashimi.model import Sashimi
-from sashimi.model_folder import load_model_folder, load_weights
+from sashimi.model_folder import find_model_folder, load_model_folder, load_weights
 from sashimi.parsing import to_dict
 from sashimi.sampler import generate
 from sashimi.stream import Place, TrainingData
@@ -24,8 +24,7 @@ from sashimi.zero import join
 def main() -> None:
     """Everything that a run is made of, put together; then `Trainer.train`."""
     config = parse_run_config(sys.argv[1:])
-    dist = join(config.train.timeout_minutes)
-    tracker = Tracker()
+    dist, tracker = join(config.train.timeout_minutes), Tracker()
     note = tracker.note if dist.is_main else lambda text: None
     checkpoints, checkpoint, weights = config.folder / "checkpoints", None, None
     found = find_resume(checkpoints, config.resume, note) if dist.is_main and not config.dry_run else None
@@ -35,7 +34,8 @@ def main() -> None:
             config = adopt_model(config, checkpoint.config, str(found))
         compare_configs(checkpoint.config, to_dict(config))
     elif config.init_from:
-        weights, folder_config = load_model_folder(Path(config.init_from))
+        found = find_model_folder(Path(config.init_from)) if dist.is_main else None  # of a run, the best one so far
+        weights, folder_config = load_model_folder(dist.from_main(found))
         config = adopt_model(config, folder_config, config.init_from, note)
 
     torch.manual_seed(config.seed)
