@@ -107,7 +107,7 @@ MODEL = ["--model.pool", "[]", "--model.d_model", "4", "--model.d_state", "4", "
 STEPS = ["--train.steps", "3", "--train.batch_size", "2", "--optim.ema", "0.5", "--track.log_every", "1"]
 
 
-def options(shards: Path, runs: Path, name: str, compiled: bool) -> list[str]:
+def small_run(shards: Path, runs: Path, name: str, compiled: bool) -> list[str]:
     """Three steps and two validations of a very small model."""
     data = ["--data.shards", str(shards), "--data.segment", "64", "--data.workers", "0"]
     audio = ["--audio.sample_rate", "8000", "--audio.quantizer", "mu-law", "--track.audio_every", "0"]
@@ -122,7 +122,7 @@ def test_training_compiled(tiny_shards: Path, tmp_path: Path, monkeypatch: pytes
     cache = tmp_path / "cache"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     for name, compiled in (("plain", False), ("compiled", True)):
-        run = launch(2, "launch/train.py", options(tiny_shards, tmp_path, name, compiled))
+        run = launch(2, "launch/train.py", small_run(tiny_shards, tmp_path, name, compiled))
         assert run.returncode == 0, run.stderr[-2000:]
     plain, compiled = (curve(metrics(tmp_path / name)) for name in ("plain", "compiled"))
     assert len(plain) == 5
@@ -145,7 +145,7 @@ def test_averaged_weights_are_compiled_too(tiny_shards: Path, tmp_path: Path) ->
 
 def test_without_a_compiler(tiny_shards: Path, tmp_path: Path) -> None:
     """One line says what is missing. Mutation: in `distributed._mendable`, drop the case."""
-    command = [sys.executable, str(ROOT / "launch/train.py"), *options(tiny_shards, tmp_path, "run", True)]
+    command = [sys.executable, str(ROOT / "launch/train.py"), *small_run(tiny_shards, tmp_path, "run", True)]
     environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
     assert run.returncode == 2

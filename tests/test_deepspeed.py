@@ -20,6 +20,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, TINY, command, curve, launch, metrics
+from test_compile import small_run
 
 from sashimi import atomic
 from sashimi.checkpoint import compare_engines, load_checkpoint
@@ -146,7 +147,7 @@ def runs(tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(autouse=True)
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed imports torch's compiler, which takes seconds in each process; nothing here is compiled."""
+    """DeepSpeed imports torch's compiler, which takes seconds in each process; one test alone needs it."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
 
 
@@ -196,6 +197,24 @@ def test_recomputation_changes_no_loss(runs: Runs, stage: int, monkeypatch: pyte
     more = ["--train.recompute", "true", "--train.steps", "4"]
     lines = runs.start(f"recompute-{stage}", runs.options(stage, "no", **released), *more)
     same(lines, expected, rel=1e-6)
+
+
+@pytest.mark.deepspeed
+def test_compiling_changes_no_loss(
+    runs: Runs, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train.compile` at stage 2: DDP's losses without it. Mutation: in `Trainer.__init__`, drop `compile_layers`."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    for stage, compiled in ((0, False), (2, True)):
+        argv = small_run(tiny_shards, tmp_path, f"stage-{stage}", compiled)
+        done = launch(2, "launch/train.py", argv, options=runs.options(stage, "no"))
+        assert done.returncode == 0, done.stderr
+    plain, zero = (curve(metrics(tmp_path / f"stage-{stage}")) for stage in (0, 2))
+    assert [bits for *_, bits in zero] == pytest.approx([bits for *_, bits in plain], rel=1e-5)
+    assert len(plain) == 5
+    assert list(cache.rglob("*.so"))  # by which it was compiled
 
 
 @pytest.mark.deepspeed
