@@ -211,12 +211,6 @@ def _check_environment() -> None:
         raise InputError(
             f"RANK={rank}: must be below WORLD_SIZE={size}; unset both, or let `accelerate launch` set them"
         )
-    local_rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= devices > 0 and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true":
-        raise InputError(
-            f"LOCAL_RANK={local_rank}: there are {devices} GPUs here, and each process needs its own; start {devices} "
-            "processes a machine (num_processes, PROCESSES_PER_NODE)"
-        )
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if dynamo.lower() not in ("", "no"):
         raise InputError(f"ACCELERATE_DYNAMO_BACKEND={dynamo}: set dynamo_backend to no, and train.compile to true")
