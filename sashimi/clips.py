@@ -79,7 +79,7 @@ class Progress(NamedTuple):
     """Where a command is, as one rank sees it."""
 
     done: float  # share of this rank's work; rank 0 never has less to do than another
-    clips: int  # wavs in the folder, by all ranks
+    clips: int  # wavs in the folder, by all ranks, when this one last finished a batch
     samples_per_second: float  # new audio of all ranks, if they are as fast as this one
 
 
