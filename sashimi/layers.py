@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from sashimi.linear import Linear
 from sashimi.s4 import S4, S4State
 
 
@@ -34,8 +35,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, d_model: int, ff: int) -> None:
         super().__init__()
-        self.expand = nn.Linear(d_model, ff * d_model)
-        self.contract = nn.Linear(ff * d_model, d_model)
+        self.expand = Linear(d_model, ff * d_model)
+        self.contract = Linear(ff * d_model, d_model)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
@@ -56,7 +57,7 @@ class S4Block(nn.Module):
         super().__init__()
         self.s4 = s4
         self.glu = glu
-        self.output = nn.Linear(d_model, 2 * d_model if glu else d_model)
+        self.output = Linear(d_model, 2 * d_model if glu else d_model)
 
     def mix(self, y: Tensor) -> Tensor:
         """What follows the state space, sample by sample. y: (..., H) -> (..., H)."""
@@ -125,7 +126,7 @@ class DownPool(nn.Module):
     def __init__(self, d_model: int, expand: int, pool: int, normalize_weight: bool) -> None:
         super().__init__()
         self.pool = pool
-        linear = nn.Linear(d_model * pool, d_model * expand)
+        linear = Linear(d_model * pool, d_model * expand)
         self.linear = weight_norm(linear) if normalize_weight else linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ class UpPool(nn.Module):
     def __init__(self, d_model: int, expand: int, pool: int, normalize_weight: bool) -> None:
         super().__init__()
         self.d_model, self.pool = d_model, pool
-        linear = nn.Linear(d_model * expand, d_model * pool)
+        linear = Linear(d_model * expand, d_model * pool)
         self.linear = weight_norm(linear) if normalize_weight else linear
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:

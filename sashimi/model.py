@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sashimi.errors import InputError
 from sashimi.layers import DownPool, FeedForward, Residual, S4Block, ScalarNorm, UpPool
+from sashimi.linear import Linear
 from sashimi.s4 import S4, S4State
 
 _SCAN_PIECE = 1 << 16  # samples a call when a state is carried: bounds the memory of long prompts
@@ -292,7 +293,7 @@ class Sashimi(nn.Module):
         self.embedding = nn.Embedding(config.levels, config.d_model)
         self.tier = Tier(config, 0, parts)
         self.norm: nn.Module = nn.LayerNorm(config.d_model)
-        self.head = nn.Linear(config.d_model, config.levels)
+        self.head = Linear(config.d_model, config.levels)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs: (B, L) int64, any L >= 1 -> logits (B, L, V). Padded inside on the right, which causality hides."""

@@ -21,7 +21,7 @@ from sashimi.stream import Batch
 
 Carried = tuple[Tensor, ...]
 
-_PIECE = 1 << 14  # samples whose logits are held at once
+_PIECE = 1 << 15  # samples whose logits are held at once
 
 _RESTART = "start another run from its weights with --init-from and a new --name"
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sashimi import ssm
+from sashimi.native import scan as native
 from sashimi.scan import scan
 
 
@@ -111,10 +112,15 @@ class S4(nn.Module):
             if state is None and not (self.kernel_name == "krylov" and in_chunks(u.device)):
                 y = (ssm.causal_convolution(u32.mT, self.kernel(u.shape[1])) + self.D[:, None] * u32.mT).mT
             else:
-                r = self.recurrence()
-                y, x = scan(r.dense(), r.B, r.C, self.D, u32, state and state.x)
+                y, x = self._scan(u32, state and state.x)
                 state = state and state._replace(x=x)  # type: ignore[arg-type]
         return y.to(u.dtype), state
+
+    def _scan(self, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        r = self.recurrence()
+        if type(r) is ssm.Recurrence and u.device.type == "cpu" and native.is_available():
+            return native.scan(r, self.D, u, x)
+        return scan(r.dense(), r.B, r.C, self.D, u, x)
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """One sample of `forward`. u: (B, H) -> y (B, H)."""

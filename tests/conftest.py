@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from sashimi.native import scan as native_scan
 from sashimi.shard_writer import write_split
 from sashimi.split import Split
 
@@ -40,6 +41,14 @@ def denormals() -> Iterator[None]:
     """A test that trains in this process leaves it flushing denormals, with which hypothesis cannot make floats."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture(params=["native", "plain"])
+def scans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """By which code state spaces go over signals in chunks on CPUs: compiled, or PyTorch."""
+    if request.param == "plain":
+        monkeypatch.setattr(native_scan, "is_available", lambda: False)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ REDUCED = (torch.bfloat16, torch.float16)
 
 
 class Precision(TorchDispatchMode):
-    """Counts FFTs and batched products, forward and backward, and lists the operations that ran in reduced precision.
+    """Counts FFTs, batched products and scans, forward and backward, and lists what ran in reduced precision.
 
     Anywhere: these, which the state spaces alone use. Between `enter` and `leave` (see `watched`): all arithmetic, thus
     anything but casts and views.
@@ -26,11 +26,12 @@ class Precision(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        is_product = any(name in func.name() for name in ("fft", "bmm"))
+        is_product = any(name in func.name() for name in ("fft", "bmm", "scan"))
         self.products += is_product
         arithmetic = self.depth and not func.is_view and "_to_copy" not in func.name()
         if is_product or arithmetic:
-            tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+            results = result if isinstance(result, tuple) else (result,)
+            tensors = [x for x in (*args, *results) if isinstance(x, torch.Tensor)]
             self.faults += [f"{func.name()} in {x.dtype}" for x in tensors if x.dtype in (*REDUCED, torch.complex32)]
         return result
 

@@ -36,10 +36,13 @@ ARROWS: dict[str, set[str]] = {
     "packing.report": {"packing.pack", "packing.verify", "shards"},
     "stream": {"audio", "grid", "order", "shards", "split"},
     # the model
-    "s4": {"scan", "ssm"},
-    "layers": {"s4"},
-    "model": {"layers", "s4"},
-    "foreign.legacy": {"layers", "model", "s4", "ssm"},
+    "native.library": {"atomic"},
+    "native.scan": {"native.library", "ssm"},
+    "s4": {"native.scan", "scan", "ssm"},
+    "linear": set(),
+    "layers": {"linear", "s4"},
+    "model": {"layers", "linear", "s4"},
+    "foreign.legacy": {"layers", "linear", "model", "s4", "ssm"},
     "foreign.translation": {"foreign.legacy", "model", "s4"},
     "foreign.importer": {"foreign.translation", "model"},
     # training and its records
@@ -79,7 +82,6 @@ ARROWS: dict[str, set[str]] = {
     },
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling
-    "native.library": {"atomic"},
     "native.program": {"layers", "model", "s4"},
     "native.engine": {"model", "native.library", "native.program"},
     "graph": {"model"},

@@ -41,20 +41,22 @@ def graphs() -> Iterator[list[fx.GraphModule]]:
 
 
 def products(graph: fx.GraphModule) -> list[torch.dtype]:
-    """The dtypes of the FFTs and batched products that state spaces make."""
-    return [
-        node.meta["val"].dtype
+    """The dtypes of the FFTs, batched products and scans that state spaces make."""
+    made = [
+        node.meta["val"]
         for node in graph.graph.nodes
         if node.op == "call_function"
-        and any(name in str(node.target) for name in ("fft", "bmm"))
+        and any(name in str(node.target) for name in ("fft", "bmm", "scan"))
         and "/s4.py" in (node.stack_trace or "")
     ]
+    return [tensor.dtype for value in made for tensor in (value if isinstance(value, tuple) else (value,))]
 
 
 @pytest.mark.parametrize(
     ("form", "bfloat16"),
     [("chunks", False), ("convolution", False), ("carried", False), ("chunks", True), ("convolution", True)],
 )
+@pytest.mark.usefixtures("scans")
 def test_layers_are_whole_graphs(
     form: str, bfloat16: bool, graphs: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,7 +117,7 @@ def test_state_is_a_value() -> None:
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_computes_in_float32(kind: str, autocast: torch.dtype | None, input_dtype: torch.dtype) -> None:
+def test_computes_in_float32(kind: str, autocast: torch.dtype | None, input_dtype: torch.dtype, scans: str) -> None:
     """Law 5: kernel, convolution, scan and step are float32 under autocast and for reduced inputs; only the result
     is cast, to the input's dtype.
 
@@ -133,7 +133,7 @@ def test_computes_in_float32(kind: str, autocast: torch.dtype | None, input_dtyp
             y, state = s4.step(u[:, 0], s4.init_state(2))
             precision.depth -= 1
     assert precision.faults == []
-    assert precision.products >= 3
+    assert precision.products >= (2 if scans == "native" else 3)
     assert state.x.dtype == state.recurrence.B.dtype == torch.float32
     for actual in (convolved, scanned, y):
         assert actual.dtype == input_dtype

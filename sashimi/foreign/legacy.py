@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sashimi import ssm
 from sashimi.errors import InputError
 from sashimi.layers import FeedForward, S4Block, UpPool
+from sashimi.linear import Linear
 from sashimi.model import ModelConfig, Parts, Sashimi, Tier
 from sashimi.s4 import S4
 
@@ -159,7 +160,7 @@ class GatedFeedForward(FeedForward):
 
     def __init__(self, d_model: int, ff: int) -> None:
         super().__init__(d_model, ff)
-        self.expand = nn.Linear(d_model, 2 * ff * d_model)
+        self.expand = Linear(d_model, 2 * ff * d_model)
 
     def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""

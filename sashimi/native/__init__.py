@@ -1,1 +1,1 @@
-"""Generation by compiled code, on one CPU core: the steps of `model.step`, an order of magnitude faster."""
+"""Compiled code for CPUs: generation by the sample, and the state space over whole signals. PyTorch has both too."""

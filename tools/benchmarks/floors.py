@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sashimi.distributed import Distributed
 from sashimi.layers import DownPool, Residual, UpPool
 from sashimi.model import Sashimi
+from sashimi.native.scan import CHUNK
 from sashimi.s4 import S4
 from sashimi.ssm import fft_length
 
@@ -78,12 +79,24 @@ def copy_rate(device: torch.device, repetitions: int) -> float:
 
 
 def counted_flop(function: Callable[[], Any]) -> int:
-    """FLOP of all matrix products that a function has done, as torch counts them."""
+    """FLOP of all matrix products that a function has done, as torch counts them, and of those in scan.cpp."""
 
     def batched(added: Any, left: torch.Size, right: torch.Size, **_: Any) -> int:
         return 2 * left.numel() * right[-1]
 
-    left_out = {torch.ops.aten.baddbmm_: batched}
+    def forward(parameters: torch.Size, u: torch.Size, x: torch.Size, **_: Any) -> int:
+        (B, L, H), N, T = u, x[-1], CHUNK
+        return 2 * H * (N * N * T + B * -(-L // T) * (2 * T * N + T * T + N * N))
+
+    def backward(parameters: torch.Size, u: torch.Size, states: torch.Size, d_y: torch.Size, **_: Any) -> int:
+        (B, L, H), N, T = u, states[-1], CHUNK
+        return 2 * H * (3 * N * N * T + B * -(-L // T) * (4 * T * N + 2 * T * T + 2 * N * N))
+
+    left_out = {
+        torch.ops.aten.baddbmm_: batched,
+        torch.ops.sashimi.scan: forward,
+        torch.ops.sashimi.scan_backward: backward,
+    }
     with FlopCounterMode(display=False, custom_mapping=left_out) as counter:
         function()
     return counter.get_total_flops()

@@ -1,0 +1,179 @@
+"""Laws 1 and 2 of the compiled recurrence: the reference's outputs, states and gradients, whatever system and size."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import Tensor
+from trained_like import relative, trained_like
+
+from sashimi import ssm
+from sashimi.native import scan as native
+from sashimi.native.library import library
+from sashimi.s4 import S4
+from sashimi.scan import scan
+
+KINDS: dict[str, dict] = {
+    "tied": {},
+    "untied": {"tie_state": False},
+    "diagonal": {"mode": "diag", "kernel": "vandermonde"},
+}
+
+
+def layer(channels: int, d_state: int, kind: str = "tied", dtype: torch.dtype = torch.float64) -> S4:
+    torch.manual_seed(0)
+    return trained_like(S4(channels, d_state, **KINDS[kind]).to(dtype))
+
+
+def signal(s4: S4, batch: int, length: int) -> tuple[Tensor, Tensor]:
+    """u and x of a layer's own type."""
+    torch.manual_seed(length)
+    channels, modes, _ = s4.C.shape
+    u = torch.randn(batch, length, channels, dtype=s4.D.dtype)
+    return u.requires_grad_(), torch.randn(batch, channels, 2 * modes, dtype=s4.D.dtype).requires_grad_()
+
+
+def all_of(s4: S4, u: Tensor, x: Tensor | None, compiled: bool) -> list[Tensor]:
+    """Outputs, state after, and the gradients of parameters, signal and state."""
+    r = s4.recurrence()
+    if compiled:
+        y, after = native.scan(r, s4.D, u, x)
+    elif x is None:
+        y, after = scan(r.dense(), r.B, r.C, s4.D, u)
+    else:
+        y, after = ssm.scan_reference(r.dense(), r.B, r.C, u.mT, x)
+        y = y.mT + s4.D * u
+    inputs = [u, *s4.parameters()] if x is None else [u, x, *s4.parameters()]
+    weights = torch.linspace(1, 2, y.shape[1], dtype=y.dtype).unsqueeze(-1)
+    gradients = torch.autograd.grad((y * weights).sum(), inputs)
+    return [y, *([] if after is None else [after]), *gradients]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130, 200])
+def test_it_is_the_recurrence(length: int, kind: str) -> None:
+    """From any state, of whole and broken chunks, forward and back, of modes and channels that fill no vector or group.
+
+    Mutations, in scan.cpp: in `forward`, `L / T * T` -> `L`; in `block`, `add` of the last product false; in the
+    constructor, `kernel[0] +=` left out; in `parameters`, `d_diagonal` left out, or `T * (power_re` -> `(power_re`.
+    """
+    s4 = layer(19, 6, kind)
+    u, x = signal(s4, 3, length)
+    for actual, expected in zip(all_of(s4, u, x, True), all_of(s4, u, x, False), strict=True):
+        assert relative(actual, expected) < 1e-11
+
+
+@pytest.mark.parametrize("length", [3839, 3840, 3841, 8000])
+def test_blocks_of_chunks_follow_each_other(length: int) -> None:
+    """As in scan.py, from silence; a block is 60 chunks of 64. Mutation: in `block` of Backward, no `std::copy`."""
+    s4 = layer(2, 64)
+    u, _ = signal(s4, 2, length)
+    for actual, expected in zip(all_of(s4, u, None, True), all_of(s4, u, None, False), strict=True):
+        assert relative(actual, expected) < 1e-11
+
+
+def test_it_continues() -> None:
+    """Two of them, the second from the first's state, are one; the state has no gradient.
+
+    Mutation: no `mark_non_differentiable`.
+    """
+    s4 = layer(5, 8)
+    u, x = signal(s4, 2, 200)
+    r = s4.recurrence()
+    whole, last = native.scan(r, s4.D, u, x)
+    first, middle = native.scan(r, s4.D, u[:, :75], x)
+    second, end = native.scan(r, s4.D, u[:, 75:], middle)
+    assert relative(torch.cat((first, second), dim=1), whole) < 1e-12
+    assert end is not None
+    assert last is not None
+    assert relative(end, last) < 1e-12
+    assert not last.requires_grad
+
+
+@pytest.mark.parametrize("dt", [1e-5, 1e-3, 0.1, 10.0])
+def test_it_is_exact_to_float32(dt: float) -> None:
+    """With all of HiPPO's 64 states: 1e-4 of the outputs of the same discrete system in float64, and no worse than
+    PyTorch's products, though A to the power 64 is a small difference of large numbers.
+
+    Mutation: in `step`, `at(&a[i]) * w` -> `at(&a[i]) * (w * F(1.0001))`.
+    """
+    torch.manual_seed(0)
+    s4 = S4(8, 64, dt_min=dt, dt_max=dt)
+    u, x = torch.randn(2, 4000, 8), torch.randn(2, 8, 64)
+    with torch.no_grad():
+        r, D = s4.recurrence(), s4.D
+        compiled, _ = native.scan(r, D, u, x)
+        plain, _ = scan(r.dense(), r.B, r.C, D, u, x)
+        wide = ssm.Recurrence(*(None if part is None else part.double() for part in r))
+        expected, _ = native.scan(wide, D.double(), u.double(), x.double())
+    error = relative(compiled.double(), expected)
+    assert error < 1e-4
+    assert error < relative(plain.double(), expected)
+
+
+def test_any_number_of_threads() -> None:
+    """Gives the same bits. Mutation: `all` of a group made outside of the loop over groups."""
+    s4 = layer(70, 8, dtype=torch.float32)
+    u, x = signal(s4, 2, 5000)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(all_of(s4, u, x, True))
+    finally:
+        torch.set_num_threads(before)
+    for one, *others in zip(*results, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+
+
+def test_layers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPUs, with and without a state. Mutation: in S4._scan, `if False`."""
+    s4 = layer(4, 8)
+    u, _ = signal(s4, 1, 10)
+    taken = []
+
+    def watched(*arguments: Tensor) -> tuple[Tensor, Tensor | None]:
+        taken.append(arguments)
+        return compiled(*arguments)
+
+    compiled = native.scan
+    monkeypatch.setattr(native, "scan", watched)
+    s4(u)
+    s4(u, s4.init_state(1))
+    assert len(taken) == 2
+
+
+@pytest.fixture
+def nothing_loaded() -> Iterator[None]:
+    """No compiled code has been asked for, in this test and after it."""
+    yield
+    library.cache_clear()
+    native._loaded.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PyTorch does it, which is said once. Mutation: in `_loaded`, no `functools.cache`, or no warning."""
+    s4 = layer(4, 8)
+    u, _ = signal(s4, 1, 100)
+    expected, _ = s4(u)
+    library.cache_clear()
+    native._loaded.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.warns(UserWarning, match="run in PyTorch.*there is no C\\+\\+ compiler") as said:
+        outputs = [s4(u)[0] for _ in range(2)]
+    assert len(said) == 1
+    assert all(relative(y, expected) < 1e-12 for y in outputs)
+
+
+def test_processes_may_start_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each compiles for itself, and one file is kept. Mutation: in `library`, compile in a folder that all share."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    program = "from sashimi.native.scan import is_available; assert is_available()"
+    ranks = [subprocess.Popen([sys.executable, "-W", "error", "-c", program], cwd=ROOT) for _ in range(2)]
+    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    assert len(list((tmp_path / ".cache/sashimi").glob("scan-*.so"))) == 1
