@@ -14,25 +14,25 @@ from sashimi.errors import Unavailable
 
 # Sums may be taken in any order, so that they can be vectors; NaN and infinity stay what they are.
 _FLAGS = "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math".split()
-_FLAGS += "-fopenmp -shared -fPIC".split()
+_FLAGS += ["-shared", "-fPIC"]
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL:
+def library(name: str, *more_flags: str) -> ctypes.CDLL:
     """NAME.cpp for this CPU, compiled at its first use and kept in ~/.cache/sashimi. Raises Unavailable."""
-    source = Path(__file__).with_name(f"{name}.cpp")
+    source, flags = Path(__file__).with_name(f"{name}.cpp"), [*_FLAGS, *more_flags]
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise Unavailable("there is no C++ compiler")
     try:
         about = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(b"\0".join((source.read_bytes(), " ".join(_FLAGS).encode(), about, _cpu()))).hexdigest()
+        key = hashlib.sha256(b"\0".join((source.read_bytes(), " ".join(flags).encode(), about, _cpu()))).hexdigest()
         target = Path.home() / ".cache" / "sashimi" / f"{name}-{key[:16]}.so"
         with suppress(OSError):
             return ctypes.CDLL(str(target))
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / target.name
-            command = [compiler, *_FLAGS, str(source), "-o", str(made)]
+            command = [compiler, *flags, str(source), "-o", str(made)]
             subprocess.run(command, capture_output=True, check=True, text=True)
             loaded = ctypes.CDLL(str(made))
             with suppress(OSError):  # where there is no room for it, it is compiled each time

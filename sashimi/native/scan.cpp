@@ -1,11 +1,13 @@
-// The recurrence over whole signals in chunks, forward and backward: `scan.scan` for one channel at a time.
+// The recurrence over whole signals in chunks, forward and back: what scan.py does with PyTorch's products, one channel
+// at a time, so that all of a channel stays in the nearer caches.
 //
-// States are rows, as in scan.py: a chunk of T samples from state x gives y = u direct + x outsᵀ and ends in
-// x M + u cols, M being the transpose of A^T. A = rotation(decay) − a bᵀ, so a step of a Krylov sequence costs O(N), and
+// States are rows: a chunk of T samples u that begins in state x gives y = u direct + x outsᵀ and ends in x M + u cols,
+// cols being in reverse, and M the transpose of A^T. A = rotation(decay) − a bᵀ, so each of A^j B, C A^j, A^j a and
+// b rotation(decay)^j follows from the one before with O(N) work, and
 //
-//     A^T = rotation(decay^T) − Σ_j (A^j a) (bᵀ rotation(decay)^{T−1−j}),
+//     A^T = rotation(decay)^T − Σ_j (A^j a) (bᵀ rotation(decay)^{T−1−j})
 //
-// one product where squaring A would take many.
+// is one product, where squaring A would take six.
 //
 // Shapes: B batch, L samples, H channels, N real states, [real parts, imaginary parts], each half padded with zeros to
 // whole vectors; chunks of T samples, n of them a signal. Matrices are row-major.
@@ -33,25 +35,29 @@ template <class F> struct Vector {
     static constexpr int64_t W = BYTES / sizeof(F);
 };
 
+template <class F> typename Vector<F>::V& at(F* x) { return *(typename Vector<F>::V*)x; }
+template <class F> const typename Vector<F>::V& at(const F* x) { return *(const typename Vector<F>::V*)x; }
+
 // --- products ------------------------------------------------------------------------------------------------------
 
 template <class F, int R, int Q>
-inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc, bool add) {
+inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
+                 bool add) {
     using V = typename Vector<F>::V;
     constexpr int64_t W = Vector<F>::W;
     V sum[R][Q];
     for (int r = 0; r < R; r++)
-        for (int q = 0; q < Q; q++) sum[r][q] = add ? *(const V*)(C + r * ldc + q * W) : V{};
+        for (int q = 0; q < Q; q++) sum[r][q] = add ? at(C + r * ldc + q * W) : V{};
     for (int64_t i = 0; i < k; i++) {
         V b[Q];
-        for (int q = 0; q < Q; q++) b[q] = *(const V*)(B + i * ldb + q * W);
+        for (int q = 0; q < Q; q++) b[q] = at(B + i * ldb + q * W);
         for (int r = 0; r < R; r++) {
             const F a = A[r * row + i * col];
             for (int q = 0; q < Q; q++) sum[r][q] += a * b[q];
         }
     }
     for (int r = 0; r < R; r++)
-        for (int q = 0; q < Q; q++) *(V*)(C + r * ldc + q * W) = sum[r][q];
+        for (int q = 0; q < Q; q++) at(C + r * ldc + q * W) = sum[r][q];
 }
 
 template <class F, int R>
@@ -63,17 +69,15 @@ void tiles(int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* 
     for (; j < n; j += W) tile<F, R, 1>(k, A, row, col, B + j, ldb, C + j, ldc, add);
 }
 
-// C = A B, or C += A B. A (m, k) lies by strides `row` and `col`; of B (k, n) and C (m, n) each row is contiguous, and n
-// is a number of whole vectors.
+// C = A B, or C += A B. A (m, k) lies by strides `row` and `col`; of B (k, n) and C (m, n) each row is contiguous, and
+// n is a number of whole vectors.
 template <class F>
 void multiply(int64_t m, int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C,
               int64_t ldc, bool add) {
-    for (; m >= ROWS; m -= ROWS, A += ROWS * row, C += ROWS * ldc) tiles<F, ROWS>(n, k, A, row, col, B, ldb, C, ldc, add);
+    for (; m >= ROWS; m -= ROWS, A += ROWS * row, C += ROWS * ldc)
+        tiles<F, ROWS>(n, k, A, row, col, B, ldb, C, ldc, add);
     for (; m > 0; m--, A += row, C += ldc) tiles<F, 1>(n, k, A, row, col, B, ldb, C, ldc, add);
 }
-
-template <class F> typename Vector<F>::V& at(F* x) { return *(typename Vector<F>::V*)x; }
-template <class F> const typename Vector<F>::V& at(const F* x) { return *(const typename Vector<F>::V*)x; }
 
 template <class F> F dot(const F* x, const F* y, int64_t n) {
     typename Vector<F>::V products{};
@@ -99,18 +103,6 @@ template <class F> struct System {
     std::vector<F> re, im, a, b;
 
     explicit System(int64_t P) : P(P), re(P), im(P), a(2 * P), b(2 * P) {}
-    System transposed() const {
-        System s = *this;
-        for (F& v : s.im) v = -v;
-        std::swap(s.a, s.b);
-        return s;
-    }
-    System diagonal() const {
-        System s = *this;
-        std::fill(s.a.begin(), s.a.end(), 0);
-        std::fill(s.b.begin(), s.b.end(), 0);
-        return s;
-    }
 
     void step(const F* x, F* y) const {
         const F w = dot(&b[0], x, 2 * P);
@@ -141,9 +133,9 @@ template <class F> struct System {
 // A channel's matrices, made from its parameters.
 template <class F> struct Channel {
     int64_t P, N;
-    System<F> system, transposed, diagonal;        // diagonal: of `transposed`, a and b left out
-    std::vector<F> C, cols, outs, reach, feed;     // (N), then (T, N): A^j B, C A^(j+1), −A^j a, b rotation(decay)^j
-    std::vector<F> kernel, M;                      // (T): K, and D in its first place; (N, N)
+    System<F> system, transposed, diagonal;     // diagonal: `transposed` without a and b
+    std::vector<F> C, cols, outs, reach, feed;  // (N), then (T, N): A^j B, C A^(j+1), −A^j a, b rotation(decay)^j
+    std::vector<F> kernel, M;                   // (T), K with D in its first place; (N, N)
 
     // parameters: decay's real and imaginary parts, a, b, B, C, D: 5 N + 1.
     Channel(const F* p, int64_t P)
@@ -213,9 +205,9 @@ template <class F> struct Forward : Channel<F> {
 template <class F> struct Backward : Channel<F> {
     using Channel<F>::N;
     using Channel<F>::P;
-    std::vector<F> M_T, cols_T, direct_T;              // transposed; of cols the last row first
-    std::vector<F> d_M, d_cols, d_outs, d_direct;      // of cols the last row first
-    std::vector<F> d_states;                           // before each chunk of a block, and after the last
+    std::vector<F> M_T, cols_T, direct_T;          // transposed; of cols the last row first
+    std::vector<F> d_M, d_cols, d_outs, d_direct;  // of cols the last row first
+    std::vector<F> d_states;                       // (BLOCK + 1, N): before each chunk of a block, and after the last
 
     Backward(const F* p, int64_t P)
         : Channel<F>(p, P), M_T(N * N), cols_T(N * T), direct_T(T * T), d_M(N * N), d_cols(T * N), d_outs(T * N),
@@ -370,8 +362,8 @@ void backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const
 }  // namespace
 
 #define FORWARD(F) \
-    int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F *params, const F *u, const F *x, F *states, F *y, \
-        F *last
+    int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F *params, const F *u, const F *x, F *states, \
+        F *y, F *last
 #define BACKWARD(F) \
     int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F *params, const F *u, const F *states, \
         const F *d_y, F *d_u, F *d_x, F *d_params

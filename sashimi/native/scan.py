@@ -1,4 +1,4 @@
-"""`scan.scan` in compiled code: several times as fast, for the project's own discrete systems.
+"""`scan.scan` in compiled code (scan.cpp), on CPUs, for systems that are diagonal or diagonal plus rank one.
 
 Shapes: **B** batch, **L** samples, **H** channels, **N** real state size, **P** modes: N/2, padded to whole vectors.
 """
@@ -30,7 +30,7 @@ def is_available() -> bool:
 @functools.cache
 def _loaded() -> bool:
     try:
-        library("scan")
+        _library()
     except Unavailable as reason:
         warnings.warn(f"state spaces run in PyTorch, compiled code is not to be had: {reason}", stacklevel=3)
         return False
@@ -79,16 +79,20 @@ class Scan(torch.autograd.Function):
         return _backward(*ctx.saved_tensors, d_y)
 
 
+def _library() -> ctypes.CDLL:
+    return library("scan", "-fopenmp")
+
+
 @torch.compiler.assume_constant_result
 def _vector(dtype: torch.dtype) -> int:
     """Numbers in a vector."""
-    return library("scan").vector_bytes() // dtype.itemsize
+    return _library().vector_bytes() // dtype.itemsize
 
 
 def _call(name: str, u: Tensor, states: Tensor, *tensors: Tensor) -> None:
     """A function of scan.cpp, for these sizes."""
     (B, L, H), N = u.shape, states.shape[-1]
-    getattr(library("scan"), f"{name}_{_NAMES[u.dtype]}")(
+    getattr(_library(), f"{name}_{_NAMES[u.dtype]}")(
         *map(ctypes.c_int64, (B, L, H, N // 2, torch.get_num_threads())),
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
     )
