@@ -58,6 +58,10 @@ def uneven(x: Tensor) -> Tensor:
     return x[:, :1599]
 
 
+def elsewhere(x: Tensor) -> Tensor:
+    return x.to("meta")
+
+
 @pytest.mark.parametrize(
     ("change", "autocast"),
     [
@@ -66,12 +70,16 @@ def uneven(x: Tensor) -> Tensor:
         (short, False),
         (uneven, False),
         (torch.clone, True),
+        (elsewhere, False),
     ],
 )
 def test_all_else_is_left_to_torch(change: Callable[[Tensor], Tensor], autocast: bool) -> None:
-    """Other precisions, autocast, and what is short or is not so many images. Mutations: any of the conditions of `forward` left out."""
+    """Other precisions and devices, autocast, what is short, and what does not make whole images.
+
+    Mutations: any of the conditions of `forward` left out.
+    """
     x = change(torch.randn(1, 1600, 8))
-    layer = Linear(8, 24).to(x.dtype)
+    layer = Linear(8, 24).to(x)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Convolutions() as made:
         layer(x)
     assert made.count == 0
