@@ -266,7 +266,7 @@ def test_autocast_leaves_the_state_space_alone(recipe: str, dtype: torch.dtype, 
     Mutation: in S4.forward, `enabled=False` -> `enabled=True`.
     """
     # Of these ids no parameter's gradient is a small difference of large numbers, which rounding alone would change.
-    sashimi, inputs = model(recipe, torch.float32), ids(100, seed=3)
+    sashimi, inputs = model(recipe, torch.float32), ids(100, seed=12)
     loss_of(sashimi(inputs), inputs).backward()
     reference = {name: p.grad.clone() for name, p in sashimi.named_parameters() if p.grad is not None}
     sashimi.zero_grad()
