@@ -1,4 +1,4 @@
-"""Linear layers over sequences, on CPUs by whichever of torch's two libraries multiplies faster there."""
+"""Linear layers over sequences, on CPUs by the one of torch's two libraries that suits their maker."""
 
 import functools
 from pathlib import Path
@@ -29,8 +29,12 @@ class Linear(nn.Linear):
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def is_amd() -> bool:
     """Whether this computer's CPU is one of AMD's, as Linux tells it."""
+    return _asked()
+
+
+@functools.cache
+def _asked() -> bool:
     info = Path("/proc/cpuinfo")
     return info.exists() and b"AuthenticAMD" in info.read_bytes()

@@ -87,7 +87,7 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
 
 def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(named_parameters, config), betas=config.betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(named_parameters, config), betas=config.betas)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

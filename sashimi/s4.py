@@ -118,6 +118,7 @@ class S4(nn.Module):
 
     def _scan(self, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
         r = self.recurrence()
+        # Of exactly this kind: A may be another matrix in a subclass.
         if type(r) is ssm.Recurrence and u.device.type == "cpu" and native.is_available():
             return native.scan(r, self.D, u, x)
         return scan(r.dense(), r.B, r.C, self.D, u, x)

@@ -46,6 +46,7 @@ def denormals() -> Iterator[None]:
 @pytest.fixture(params=["native", "plain"])
 def scans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """By which code state spaces go over signals in chunks on CPUs: compiled, or PyTorch."""
+    assert native_scan.is_available()
     if request.param == "plain":
         monkeypatch.setattr(native_scan, "is_available", lambda: False)
     return request.param

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trained_like import relative
 
 from sashimi import linear
-from sashimi.linear import Linear
+from sashimi.linear import Linear, is_amd
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +91,11 @@ def test_other_cpus_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
     with Convolutions() as made:
         Linear(8, 24)(torch.randn(1, 1600, 8))
     assert made.count == 0
+
+
+def test_it_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For torch.compile, on this computer. Mutation: no `assume_constant_result`."""
+    monkeypatch.setattr(linear, "is_amd", is_amd)
+    layer, x = Linear(8, 24), torch.randn(1, 1600, 8)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    assert relative(compiled(x), layer(x)) < 1e-5

@@ -95,28 +95,36 @@ def test_it_continues() -> None:
 
 
 @pytest.mark.parametrize("dt", [1e-5, 1e-3, 0.1, 10.0])
-def test_it_is_exact_to_float32(dt: float) -> None:
-    """With all of HiPPO's 64 states: 1e-4 of the outputs of the same discrete system in float64, and no worse than
-    PyTorch's products, though A to the power 64 is a small difference of large numbers.
+def test_it_is_near_in_float32(dt: float) -> None:
+    """With all of HiPPO's 64 states, though A to the power 64 is a small difference of large numbers: 1e-4 of the
+    outputs of the same discrete system in float64, 1e-3 of its gradients.
 
-    Mutation: in `step`, `at(&a[i]) * w` -> `at(&a[i]) * (w * F(1.0001))`.
+    Mutation: in `step`, `at(&a[i]) * w` -> `at(&a[i]) * (w * F(1.001))`.
     """
     torch.manual_seed(0)
     s4 = S4(8, 64, dt_min=dt, dt_max=dt)
-    u, x = torch.randn(2, 4000, 8), torch.randn(2, 8, 64)
     with torch.no_grad():
         r, D = s4.recurrence(), s4.D
-        compiled, _ = native.scan(r, D, u, x)
-        plain, _ = scan(r.dense(), r.B, r.C, D, u, x)
-        wide = ssm.Recurrence(*(None if part is None else part.double() for part in r))
-        expected, _ = native.scan(wide, D.double(), u.double(), x.double())
-    error = relative(compiled.double(), expected)
-    assert error < 1e-4
-    assert error < relative(plain.double(), expected)
+    weights, u, x = torch.randn(2, 1000, 8), torch.randn(2, 1000, 8), torch.randn(2, 8, 64)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        system = ssm.Recurrence(*(part.detach().to(dtype).requires_grad_() for part in r if part is not None))
+        inputs = [part.detach().to(dtype).requires_grad_() for part in (D, u, x)]
+        if dtype == torch.float32:
+            y, _ = native.scan(system, *inputs)
+        else:
+            y, _ = ssm.scan_reference(system.dense(), system.B, system.C, inputs[1].mT, inputs[2])
+            y = y.mT + inputs[0] * inputs[1]
+        gradients = torch.autograd.grad((y * weights.to(dtype)).sum(), [*system, *inputs])
+        results.append([y, *gradients])
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert relative(actual.double(), expected) < (1e-3 if i else 1e-4)
 
 
 def test_any_number_of_threads() -> None:
-    """Gives the same bits. Mutation: `all` of a group made outside of the loop over groups."""
+    """Gives the same bits. Mutation: in forward, `const F* own` of the last samples
+    from `all[0]`'s states.
+    """
     s4 = layer(70, 8, dtype=torch.float32)
     u, x = signal(s4, 2, 5000)
     before, results = torch.get_num_threads(), []
@@ -149,7 +157,9 @@ def test_layers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nothing_loaded() -> Iterator[None]:
-    """No compiled code has been asked for, in this test and after it."""
+    """No compiled code has been asked for, at this test's beginning and after it."""
+    library.cache_clear()
+    native._loaded.cache_clear()
     yield
     library.cache_clear()
     native._loaded.cache_clear()
@@ -160,9 +170,9 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     """PyTorch does it, which is said once. Mutation: in `_loaded`, no `functools.cache`, or no warning."""
     s4 = layer(4, 8)
     u, _ = signal(s4, 1, 100)
-    expected, _ = s4(u)
+    r = s4.recurrence()
+    expected, _ = native.scan(r, s4.D, u)
     library.cache_clear()
-    native._loaded.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.warns(UserWarning, match="run in PyTorch.*there is no C\\+\\+ compiler") as said:
         outputs = [s4(u)[0] for _ in range(2)]
@@ -171,7 +181,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_processes_may_start_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each compiles for itself, and one file is kept. Mutation: in `library`, compile in a folder that all share."""
+    """Each compiles for itself, and one file is kept. Mutation: in `library`, no `write_file`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     program = "from sashimi.native.scan import is_available; assert is_available()"
     ranks = [subprocess.Popen([sys.executable, "-W", "error", "-c", program], cwd=ROOT) for _ in range(2)]

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <new>
 #include <vector>
 
 namespace {
@@ -22,13 +23,15 @@ namespace {
 constexpr int BYTES = 64, COLUMNS = 4;
 #elif defined(__AVX__)
 constexpr int BYTES = 32, COLUMNS = 2;
-#else
+#elif defined(__aarch64__)
 constexpr int BYTES = 16, COLUMNS = 4;
+#else
+constexpr int BYTES = 16, COLUMNS = 2;
 #endif
 constexpr int ROWS = 6;        // of a tile of a product, COLUMNS vectors wide: what fits in registers
 constexpr int64_t T = 64;      // samples of a chunk
 constexpr int64_t BLOCK = 60;  // chunks at a time, which with all that comes of them stay in the nearer caches
-constexpr int64_t GROUP = 16;  // channels that are read and written together: a line of the cache
+constexpr int64_t GROUP = 16;  // channels that are read and written together, at most: of float, a line of the cache
 
 template <class F> struct Vector {
     typedef F V __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias));
@@ -178,7 +181,7 @@ template <class F> struct Channel {
     // direct (T, T): u direct is the part of a chunk's output that its own samples make.
     std::vector<F> toeplitz() const {
         std::vector<F> matrix(T * T);
-        for (int64_t i = 0; i < T; i++) std::copy(&kernel[0], &kernel[T - i], &matrix[i * T + i]);
+        for (int64_t i = 0; i < T; i++) std::copy_n(&kernel[0], T - i, &matrix[i * T + i]);
         return matrix;
     }
 };
@@ -293,14 +296,26 @@ template <class F> void scatter(const F* tile, int64_t H, int64_t channels, int6
             for (int64_t h = 0; h < channels; h++) x[t * H + h] = tile[h * TILE + t];
 }
 
+// Does each group of channels, on any thread; each thread has some, if there are enough. Returns whether there was
+// memory for all of them.
+template <class Do> int for_groups(int64_t H, int64_t threads, Do group) {
+    const int64_t size = std::min((H + threads - 1) / threads, GROUP);
+    int whole = 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : whole)
+    for (int64_t first = 0; first < H; first += size) try {
+            group(first, std::min(size, H - first));
+        } catch (const std::bad_alloc&) {
+            whole = 0;
+        }
+    return whole;
+}
+
 // params (H, 5 N + 1), u (B, L, H), x (B, H, N) -> states (H, B, n + 1, N), y (B, L, H), last (B, H, N).
 template <class F>
-void forward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F* params, const F* u, const F* x,
-             F* states, F* y, F* last) {
+int forward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F* params, const F* u, const F* x,
+            F* states, F* y, F* last) {
     const int64_t N = 2 * P, n = (L + T - 1) / T;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t group = 0; group < H; group += GROUP) {
-        const int64_t channels = std::min(GROUP, H - group);
+    return for_groups(H, threads, [=](int64_t group, int64_t channels) {
         std::vector<Forward<F>> all;
         for (int64_t h = group; h < group + channels; h++) all.emplace_back(params + h * (5 * N + 1), P);
         std::vector<F> input(channels * TILE), output(channels * TILE);
@@ -327,17 +342,15 @@ void forward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const 
                 std::copy(state.begin(), state.end(), last + (b * H + group + h) * N);
             }
         }
-    }
+    });
 }
 
 // And d_y (B, L, H) -> d_u (B, L, H), d_x (B, H, N), d_params (H, 5 N + 1).
 template <class F>
-void backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F* params, const F* u, const F* states,
-              const F* d_y, F* d_u, F* d_x, F* d_params) {
+int backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F* params, const F* u, const F* states,
+             const F* d_y, F* d_u, F* d_x, F* d_params) {
     const int64_t N = 2 * P, n = (L + T - 1) / T;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t group = 0; group < H; group += GROUP) {
-        const int64_t channels = std::min(GROUP, H - group);
+    return for_groups(H, threads, [=](int64_t group, int64_t channels) {
         std::vector<Backward<F>> all;
         for (int64_t h = group; h < group + channels; h++) all.emplace_back(params + h * (5 * N + 1), P);
         std::vector<F> input(channels * TILE), gradient(channels * TILE), output(channels * TILE);
@@ -356,7 +369,7 @@ void backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const
             for (int64_t h = 0; h < channels; h++) std::copy_n(&all[h].d_states[0], N, d_x + (b * H + group + h) * N);
         }
         for (int64_t h = 0; h < channels; h++) all[h].parameters(d_params + (group + h) * (5 * N + 1));
-    }
+    });
 }
 
 }  // namespace
@@ -370,8 +383,12 @@ void backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const
 
 extern "C" {
 int64_t vector_bytes() { return BYTES; }
-void forward_float(FORWARD(float)) { forward(B, L, H, P, threads, params, u, x, states, y, last); }
-void forward_double(FORWARD(double)) { forward(B, L, H, P, threads, params, u, x, states, y, last); }
-void backward_float(BACKWARD(float)) { backward(B, L, H, P, threads, params, u, states, d_y, d_u, d_x, d_params); }
-void backward_double(BACKWARD(double)) { backward(B, L, H, P, threads, params, u, states, d_y, d_u, d_x, d_params); }
+int forward_float(FORWARD(float)) { return forward(B, L, H, P, threads, params, u, x, states, y, last); }
+int forward_double(FORWARD(double)) { return forward(B, L, H, P, threads, params, u, x, states, y, last); }
+int backward_float(BACKWARD(float)) {
+    return backward(B, L, H, P, threads, params, u, states, d_y, d_u, d_x, d_params);
+}
+int backward_double(BACKWARD(double)) {
+    return backward(B, L, H, P, threads, params, u, states, d_y, d_u, d_x, d_params);
+}
 }

@@ -38,10 +38,10 @@ def _loaded() -> bool:
 
 
 def scan(system: Recurrence, D: Tensor, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """x_{k+1} = A x_k + B u_k, y_k = C x_{k+1} + D u_k from state x, on a CPU, in float32 or float64.
+    """x_{k+1} = A x_k + B u_k, y_k = C x_{k+1} + D u_k from state x, on a CPU, in float32 or float64, for any L >= 1.
 
     D (H,), u (B, L, H), x (B, H, N) or None for zeros -> y (B, L, H) and the state after, which has no gradient, or
-    None. Of each channel every bit is the same for any number of threads.
+    None. Every bit is the same for any number of threads. Raises MemoryError.
     """
     H, N = system.C.shape
     padding = -(N // 2) % _vector(u.dtype)
@@ -92,15 +92,20 @@ def _vector(dtype: torch.dtype) -> int:
 def _call(name: str, u: Tensor, states: Tensor, *tensors: Tensor) -> None:
     """A function of scan.cpp, for these sizes."""
     (B, L, H), N = u.shape, states.shape[-1]
-    getattr(_library(), f"{name}_{_NAMES[u.dtype]}")(
-        *map(ctypes.c_int64, (B, L, H, N // 2, torch.get_num_threads())),
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-    )
+    assert all(tensor.dtype == u.dtype and tensor.is_contiguous() for tensor in tensors)
+    call = getattr(_library(), f"{name}_{_NAMES[u.dtype]}")
+    sizes = map(ctypes.c_int64, (B, L, H, N // 2, torch.get_num_threads()))
+    if not call(*sizes, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)):
+        raise MemoryError(f"{name} of a state space of {H} channels and {N} states")
 
 
 @torch.library.custom_op("sashimi::scan", mutates_args=(), device_types="cpu")
 def _forward(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parameters, u, x = parameters.contiguous(), u.contiguous(), x.contiguous()
+    (B, L, H), N = u.shape, x.shape[-1]
+    assert L >= 1
+    assert x.shape == (B, H, N)
+    assert parameters.shape == (H, 5 * N + 1)
     y, after, states = _forward_shapes(parameters, u, x)
     _call("forward", u, states, parameters, u, x, states, y, after)
     return y, after, states
@@ -116,6 +121,7 @@ def _forward_shapes(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, T
 @torch.library.custom_op("sashimi::scan_backward", mutates_args=(), device_types="cpu")
 def _backward(parameters: Tensor, u: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parameters, u, d_y = parameters.contiguous(), u.contiguous(), d_y.contiguous()
+    assert d_y.shape == u.shape
     d_parameters, d_u, d_x = _backward_shapes(parameters, u, states, d_y)
     _call("backward", u, states, parameters, u, states, d_y, d_u, d_x, d_parameters)
     return d_parameters, d_u, d_x
