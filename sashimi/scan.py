@@ -8,7 +8,7 @@ Shapes: **B** batch, **L** samples, **H** channels, **N** real state size; chunk
 All but the states is one product of all chunks with the same matrices. The states follow from each other in two
 levels, as the powers do in `ssm.krylov_kernel`: R steps in all runs at once from zero, S steps from run to run, and
 again R steps from where each run truly begins. Gradients are written out, because automatic ones move several times as
-much memory.
+much memory. This is the reference of `native.scan`, which stands in for it on CPUs, and serves all else.
 """
 
 from typing import Any
