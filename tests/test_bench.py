@@ -11,6 +11,8 @@ import torch
 from conftest import ROOT, Call, command
 
 from sashimi.model import ModelConfig, Sashimi
+from sashimi.native.scan import scan
+from sashimi.s4 import S4
 from sashimi.scan import Chunks
 
 SMALL = ["--repetitions", "1", "--n_layers", "1", "--length", "256", "--json"]
@@ -104,6 +106,23 @@ def test_all_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = R * S * (2 * T * N + N * N + T * T)
     counted = counted_flop(lambda: Chunks.apply(*inputs)[0].sum().backward())
     assert counted == 2 * H * (2 * each_way + once + gradients)
+
+
+def test_compiled_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of scan.cpp, as counted by hand: 3 chunks of 2 signals of 5 channels with 32 states, vectors being full.
+
+    Mutation: leave `scan_backward` out of `left_out`.
+    """
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    counted_flop = importlib.import_module("benchmarks.floors").counted_flop
+    s4, u = S4(5, 32), torch.randn(2, 130, 5)
+    r = s4.recurrence()
+    inputs_outputs, states, direct = 64 * 32, 32 * 32, 64 * 64
+    once = 4 * 64 * 32 * 32  # A^64 forward, and once more backward, where it has two gradients
+    chunk = 2 * inputs_outputs + states + direct  # forward
+    back = 4 * inputs_outputs + 2 * states + 2 * direct
+    counted = counted_flop(lambda: scan(r, s4.D, u)[0].sum().backward())
+    assert counted == 2 * 5 * (once + 2 * 3 * (chunk + back))
 
 
 @pytest.mark.parametrize(

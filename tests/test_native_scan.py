@@ -122,9 +122,7 @@ def test_it_is_near_in_float32(dt: float) -> None:
 
 
 def test_any_number_of_threads() -> None:
-    """Gives the same bits. Mutation: in forward, `const F* own` of the last samples
-    from `all[0]`'s states.
-    """
+    """Gives the same bits. Mutation: in `for_groups`, `first += size` -> `first += GROUP`."""
     s4 = layer(70, 8, dtype=torch.float32)
     u, x = signal(s4, 2, 5000)
     before, results = torch.get_num_threads(), []
@@ -136,6 +134,24 @@ def test_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for one, *others in zip(*results, strict=True):
         assert all(torch.equal(one, other) for other in others)
+
+
+def test_too_little_memory_is_an_error() -> None:
+    """Of Python's, which commands turn into a line; an exception of C++ would end the process. Mutation: no `catch`."""
+    program = (
+        "import resource, torch\n"
+        "from sashimi.native.scan import scan\n"
+        "from sashimi.ssm import Recurrence\n"
+        "torch.set_num_threads(1)\n"
+        "def of(H): return Recurrence(*(torch.zeros(H, n) for n in (1024, 1024, 2048, 2048, 2048, 2048)))\n"
+        "scan(of(1), torch.zeros(1), torch.zeros(1, 1, 1))\n"
+        "pages = int(open('/proc/self/statm').read().split()[0])\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)\n"
+        "try: scan(of(16), torch.zeros(16), torch.zeros(1, 1, 16))\n"
+        "except MemoryError as error: print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.stdout == "forward of a state space of 16 channels and 2048 states\n", run.stderr
 
 
 def test_layers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,11 +302,13 @@ template <class Do> int for_groups(int64_t H, int64_t threads, Do group) {
     const int64_t size = std::min((H + threads - 1) / threads, GROUP);
     int whole = 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : whole)
-    for (int64_t first = 0; first < H; first += size) try {
+    for (int64_t first = 0; first < H; first += size) {
+        try {
             group(first, std::min(size, H - first));
         } catch (const std::bad_alloc&) {
             whole = 0;
         }
+    }
     return whole;
 }
 
