@@ -38,7 +38,7 @@ class FeedForward(nn.Module):
         self.expand = Linear(d_model, ff * d_model)
         self.contract = Linear(ff * d_model, d_model)
 
-    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
         return self.contract(F.gelu(self.expand(x))), None
 
@@ -64,9 +64,11 @@ class S4Block(nn.Module):
         y = self.output(F.gelu(y))
         return F.glu(y, dim=-1) if self.glu else y
 
-    def forward(self, u: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
-        """u: (B, L, H) -> (B, L, H)."""
-        y, state = self.s4(u, state)
+    def forward(
+        self, u: Tensor, state: S4State | None = None, kernel: Tensor | None = None
+    ) -> tuple[Tensor, S4State | None]:
+        """u: (B, L, H) -> (B, L, H); `kernel` as in `S4.forward`."""
+        y, state = self.s4(u, state, kernel)
         return self.mix(y), state
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
@@ -87,9 +89,11 @@ class Residual(nn.Module):
         self.norm, self.layer = norm, layer
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
-        """x: (B, L, H) -> (B, L, H)."""
-        y, state = self.layer(self.norm(x), state)
+    def forward(
+        self, x: Tensor, state: S4State | None = None, kernel: Tensor | None = None
+    ) -> tuple[Tensor, S4State | None]:
+        """x: (B, L, H) -> (B, L, H); `kernel` as in `S4.forward`."""
+        y, state = self.layer(self.norm(x), state, kernel)
         return x + self.dropout(y), state
 
     def step(self, x: Tensor, state: S4State | None) -> tuple[Tensor, S4State | None]:

@@ -6,7 +6,7 @@ imaginary parts; every computation here is float32 or float64 whatever autocast 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,29 @@ def in_chunks(device: torch.device) -> bool:
     A GPU has few large FFTs done before it has begun with so many small products.
     """
     return device.type == "cpu"
+
+
+class Parameters(NamedTuple):
+    """What a system is computed from."""
+
+    log_A_real: Tensor  # (S, N/2)
+    A_imag: Tensor  # (S, N/2)
+    P: Tensor | None  # (S, N/2, 2)
+    B: Tensor  # (S, N/2, 2)
+    C: Tensor  # (H, N/2, 2)
+    log_dt: Tensor  # (H,)
+
+    def system(self, dt_transform: str) -> ssm.System:
+        """The continuous system in complex numbers."""
+        P = None if self.P is None else torch.view_as_complex(self.P)
+        return ssm.System(
+            Lambda=torch.complex(-torch.exp(self.log_A_real), self.A_imag),
+            P=P,
+            Q=P,
+            B=torch.view_as_complex(self.B),
+            C=torch.view_as_complex(self.C),
+            dt=ssm.time_step(self.log_dt, dt_transform),
+        )
 
 
 class S4(nn.Module):
@@ -79,15 +102,10 @@ class S4(nn.Module):
 
     def system(self) -> ssm.System:
         """The continuous system in complex numbers."""
-        P = None if self.P is None else torch.view_as_complex(self.P)
-        return ssm.System(
-            Lambda=torch.complex(-torch.exp(self.log_A_real), self.A_imag),
-            P=P,
-            Q=P,
-            B=torch.view_as_complex(self.B),
-            C=torch.view_as_complex(self.C),
-            dt=ssm.time_step(self.log_dt, self.dt_transform),
-        )
+        return self._parameters_of_system().system(self.dt_transform)
+
+    def _parameters_of_system(self) -> Parameters:
+        return Parameters(self.log_A_real, self.A_imag, self.P, self.B, self.C, self.log_dt)
 
     def recurrence(self) -> ssm.Recurrence:
         """The discrete system in real numbers."""
@@ -97,24 +115,29 @@ class S4(nn.Module):
         """K: (H, length), by the algorithm this layer was given."""
         if self.kernel_name.startswith("cauchy"):
             return ssm.cauchy_kernel(self.system(), length, keops=self.kernel_name == "cauchy_keops")
-        recurrence = self.recurrence()
-        if self.kernel_name == "vandermonde":
-            return ssm.vandermonde_kernel(recurrence, length)
-        return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)
+        return _kernel(self.kernel_name, self.recurrence(), length)
 
-    def forward(self, u: Tensor, state: S4State | None = None) -> tuple[Tensor, S4State | None]:
+    def forward(
+        self, u: Tensor, state: S4State | None = None, kernel: Tensor | None = None
+    ) -> tuple[Tensor, S4State | None]:
         """u: (B, L, H) -> y (B, L, H) in u's dtype, and the state after the last sample if one was given.
 
         The system is that of the parameters now, not of the state, which is taken and returned without a gradient.
+        `kernel` is its kernel of length L, if `kernels` has made it.
         """
         with torch.autocast(u.device.type, enabled=False):
             u32 = u.to(self.D.dtype)
-            if state is None and not (self.kernel_name == "krylov" and in_chunks(u.device)):
-                y = (ssm.causal_convolution(u32.mT, self.kernel(u.shape[1])) + self.D[:, None] * u32.mT).mT
+            if state is None and self.convolves():
+                K = self.kernel(u.shape[1]) if kernel is None else kernel
+                y = ssm.causal_convolution(u32.mT, K, self.D).mT
             else:
                 y, x = self._scan(u32, state and state.x)
                 state = state and state._replace(x=x)  # type: ignore[arg-type]
         return y.to(u.dtype), state
+
+    def convolves(self) -> bool:
+        """Whether `forward` without a state is a convolution with a kernel of the whole length."""
+        return not (self.kernel_name == "krylov" and in_chunks(self.D.device))
 
     def _scan(self, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
         r = self.recurrence()
@@ -136,3 +159,30 @@ class S4(nn.Module):
         recurrence = self.recurrence()
         H, N = recurrence.C.shape
         return S4State(recurrence.C.new_zeros(batch_size, H, N), recurrence)
+
+
+def kernels(layers: Sequence[S4], length: int) -> list[Tensor | None]:
+    """The kernels of layers of one size, (H, length) each, made as one; None for those that make theirs themselves.
+
+    A GPU takes longer to launch the small products and sums of one layer's than to do those of all layers.
+    """
+    first = layers[0]
+    if not (first.convolves() and first.kernel_name in ("krylov", "vandermonde") and {type(s) for s in layers} == {S4}):
+        return [None] * len(layers)
+    H = len(first.D)
+
+    def joined(parts: tuple[Tensor, ...]) -> Tensor:
+        stacked = torch.stack(parts)  # (layers, S, …)
+        return stacked.expand(-1, H, *stacked.shape[2:]).flatten(0, 1)
+
+    with torch.autocast(first.D.device.type, enabled=False):
+        parts = zip(*(s._parameters_of_system() for s in layers), strict=True)
+        parameters = Parameters(*(None if part[0] is None else joined(part) for part in parts))  # type: ignore[arg-type]
+        recurrence = ssm.discretize(parameters.system(first.dt_transform))
+        return list(_kernel(first.kernel_name, recurrence, length).split(H))
+
+
+def _kernel(name: str, recurrence: ssm.Recurrence, length: int) -> Tensor:
+    if name == "vandermonde":
+        return ssm.vandermonde_kernel(recurrence, length)
+    return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)

@@ -257,11 +257,34 @@ def fft_length(n: int) -> int:
     return min(k << max(0, math.ceil(math.log2(n / k))) for k in (1, 3, 5, 9, 15))
 
 
-def causal_convolution(u: Tensor, kernel: Tensor) -> Tensor:
-    """y_t = Σ_{l ≤ t} K_l u_{t−l} by FFT. u: (..., H, L), kernel: (H, L) float32 or float64 -> (..., H, L)."""
-    length = u.shape[-1]
-    n = fft_length(2 * length - 1)
-    return torch.fft.irfft(torch.fft.rfft(u, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., :length]
+class Convolution(torch.autograd.Function):
+    """`causal_convolution`, with gradients by real transforms; automatic ones take complex ones, which cost twice."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
+        n = fft_length(2 * u.shape[-1] - 1)
+        signal, response = torch.fft.rfft(u, n=n), torch.fft.rfft(kernel, n=n) + D.unsqueeze(-1)
+        ctx.save_for_backward(signal, response)
+        ctx.n = n
+        return torch.fft.irfft(signal * response, n=n)[..., : u.shape[-1]]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        signal, response = ctx.saved_tensors
+        d_spectrum = torch.fft.rfft(d_y, n=ctx.n)
+        d_u = torch.fft.irfft(d_spectrum * response.conj(), n=ctx.n)[..., : d_y.shape[-1]]
+        d_response = (d_spectrum * signal.conj()).reshape(-1, *response.shape).sum(0)
+        d_kernel = torch.fft.irfft(d_response, n=ctx.n)[..., : d_y.shape[-1]]
+        return d_u, d_kernel, d_kernel[..., 0]
+
+
+def causal_convolution(u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:
+    """y_t = Σ_{l ≤ t} K_l u_{t−l} + D u_t by FFT, to whose flat spectrum D adds as K_0 does.
+
+    u: (..., H, L), kernel: (H, L) float32 or float64, D: (H,) -> (..., H, L).
+    """
+    return Convolution.apply(u, kernel, D)
 
 
 def scan_reference(A: Tensor, B: Tensor, C: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -200,6 +200,18 @@ def test_recomputation_changes_no_loss(runs: Runs, stage: int, monkeypatch: pyte
 
 
 @pytest.mark.deepspeed
+def test_kernels_made_together_are_of_whole_weights(runs: Runs) -> None:
+    """A tier makes its layers' kernels, whose weights stage 3 divides: DDP's losses and norms.
+
+    Mutation: in `s4.kernels`, `stack([part.data for part in parts])`.
+    """
+    diagonal = ["--model.mode", "diag", "--model.kernel", "vandermonde", "--model.n_layers", "2", "--train.steps", "4"]
+    released = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    expected = runs.start("diagonal-0", runs.options(0, "no"), *diagonal)
+    same(runs.start("diagonal-3", runs.options(3, "no", **released), *diagonal), expected, rel=1e-6)
+
+
+@pytest.mark.deepspeed
 def test_compiling_changes_no_loss(
     runs: Runs, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from precision import watched
 from torch import Tensor
 from trained_like import relative, trained_like
 
+from sashimi import ssm
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.s4 import S4, S4State
@@ -132,6 +133,29 @@ def test_features_continue(backbone: str) -> None:
         second, _ = sashimi.features(inputs[:, 48:], state)
         logits = sashimi.read_out(torch.cat((first, second), dim=1))
         assert relative(logits, sashimi(inputs)) < 1e-9
+
+
+@pytest.mark.parametrize(("unet", "layers"), [(False, 3 * 2), (True, (3 * 2 - 1) * 2)])
+def test_a_tier_makes_its_kernels_together(unet: bool, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they are convolutions, unless they are recomputed one by one; loss and gradients are the same.
+
+    Mutations: in `Tier._kernels`, return {}, or only those of `self.layers`, or always all.
+    """
+    monkeypatch.setattr("sashimi.s4.in_chunks", lambda device: False)
+    made, discretize = [], ssm.discretize
+    monkeypatch.setattr(ssm, "discretize", lambda system: (made.append(system), discretize(system))[1])
+    ids, results = torch.randint(16, (2, 24)), []
+    for recompute, expected in ((False, 3), (True, 2 * layers)):
+        torch.manual_seed(0)
+        model = Sashimi(ModelConfig(levels=16, d_model=4, n_layers=2, d_state=4, pool=(2, 2), unet=unet)).double()
+        if recompute:
+            model.recompute_layers()
+        made.clear()
+        loss = model(ids).logsumexp(-1).sum()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        assert len(made) == expected
+    for actual, expected in zip(*results, strict=True):
+        assert relative(actual, expected) < 1e-9
 
 
 def test_prefill_refuses_an_empty_prompt() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from trained_like import relative, trained_like
 
 from sashimi import ssm
-from sashimi.s4 import S4
+from sashimi.s4 import S4, kernels
 
 H, N = 6, 8
 
@@ -80,7 +80,7 @@ def test_chunks_are_the_convolution(kind: str, length: int, monkeypatch: pytest.
     """What a GPU does, FFTs with the kernel of the whole length, gives the outputs and gradients of the chunks; and in
     float32 under autocast.
 
-    Mutations: in forward, drop `self.D[:, None] * u32.mT`, or the `.mT` of `u32.mT` in it; `enabled=False` -> `True`.
+    Mutations: in forward, `0 * self.D` for `self.D`; `enabled=False` -> `True`.
     """
 
     def results(chunks: bool) -> list[Tensor]:
@@ -98,6 +98,42 @@ def test_chunks_are_the_convolution(kind: str, length: int, monkeypatch: pytest.
         narrow(signal(length).bfloat16())
     assert precision.products
     assert precision.faults == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_law_1_kernels_made_together_are_the_layers_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their gradients; and float32 under autocast. Layers that go in chunks, or by Cauchy sums, make their own.
+
+    Mutations: in `kernels`, `stack(parts[::-1])`; drop `in ("krylov", "vandermonde")`, `convolves()` or
+    `enabled=False`; in `S4.forward`, always `self.kernel`.
+    """
+
+    def three(dtype: torch.dtype) -> list[S4]:
+        return [trained_like(S4(H, N, **KINDS[kind]).to(dtype), seed) for seed in range(3)]
+
+    layers = three(torch.float64)
+    if kind == "cauchy" or "kernel" not in KINDS[kind]:
+        assert kernels(layers, 50) == [None] * 3
+    monkeypatch.setattr("sashimi.s4.in_chunks", lambda device: False)
+    if kind == "cauchy":
+        assert kernels(layers, 50) == [None] * 3
+        return
+    parameters = [p for s4 in layers for p in s4.parameters() if p is not s4.D]
+    results = []
+    for made in (kernels(layers, 50), [s4.kernel(50) for s4 in layers]):
+        K = torch.stack([kernel for kernel in made if kernel is not None])
+        results.append([K, *torch.autograd.grad((K * K).sum(), parameters)])
+    for actual, expected in zip(*results, strict=True):
+        assert relative(actual, expected) < 1e-12
+    narrow, u = three(torch.float32), signal(50, torch.float32)
+    with torch.no_grad():
+        own = torch.stack([s4.kernel(50) for s4 in narrow])
+        with torch.autocast("cpu", torch.bfloat16):
+            made = kernels(narrow, 50)
+        K = torch.stack([kernel for kernel in made if kernel is not None])
+        assert relative(K, own) < 1e-5
+        direct = narrow[1].D * u
+        assert relative(narrow[1](u, None, 2 * K[1])[0] - direct, 2 * (narrow[1](u)[0] - direct)) < 1e-4
 
 
 def test_state_is_a_value() -> None:

@@ -294,12 +294,24 @@ def test_fft_length_is_the_next_fast_one() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 100])
-def test_convolution_is_causal_and_linear(length: int) -> None:
-    """y_t = Σ_{l ≤ t} K_l u_{t−l}. Mutation: in causal_convolution, `fft_length(2 * length - 1)` -> `(length)`."""
+@pytest.mark.parametrize("rows", [(), (2,), (3, 2)])
+def test_convolution_is_causal_and_linear(length: int, rows: tuple[int, ...]) -> None:
+    """y_t = Σ_{l ≤ t} K_l u_{t−l} + D u_t, with its gradients.
+
+    Mutations: in Convolution, `fft_length(2 * length - 1)` -> `(length)`; drop `+ D` or either `.conj()`; `sum(0)` ->
+    `[0]`; `d_kernel[..., 0]` -> `[..., -1]`.
+    """
     torch.manual_seed(0)
-    u, K = torch.randn(2, H, length, dtype=torch.float64), torch.randn(H, length, dtype=torch.float64)
-    expected = torch.stack(
+    shapes = (*rows, H, length), (H, length), (H,)
+    u, K, D = inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    direct = torch.stack(
         [sum(K[:, i] * u[..., t - i] for i in range(t + 1)) for t in range(length)],  # type: ignore[misc]
         dim=-1,
     )
-    assert relative(ssm.causal_convolution(u, K), expected) < 1e-12
+    weight = torch.randn(*rows, H, length, dtype=torch.float64)
+    results = [
+        (y, *torch.autograd.grad((weight * y).sum(), inputs))
+        for y in (ssm.causal_convolution(u, K, D), direct + D[:, None] * u)
+    ]
+    for actual, expected in zip(*results, strict=True):
+        assert relative(actual, expected) < 1e-12

@@ -162,7 +162,7 @@ class GatedFeedForward(FeedForward):
         super().__init__(d_model, ff)
         self.expand = Linear(d_model, 2 * ff * d_model)
 
-    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
         return self.contract(F.glu(self.expand(x), dim=-1)), None
 
