@@ -85,9 +85,11 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
     return [{**group, "initial_lr": group["lr"]} for group in groups if group["params"]]
 
 
-def build_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(named_parameters, config), betas=config.betas)
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, fused: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`; `fused`: all of an update in one kernel, which is for GPUs."""
+    return torch.optim.AdamW(parameter_groups(named_parameters, config), betas=config.betas, fused=fused or None)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -6,6 +6,7 @@ micro-batches and their masks, so W ranks train as one process does.
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,12 +19,13 @@ from torch import nn
 
 from sashimi.checkpoint import Checkpoint
 from sashimi.distributed import Distributed
-from sashimi.errors import InputError
+from sashimi.errors import InputError, Unavailable
 from sashimi.layers import compile_layers
 from sashimi.loss import bits_per_sample
 from sashimi.model import Sashimi
 from sashimi.objective import Carried, Objective, Rows
 from sashimi.optim import OptimConfig, build_ema, build_optimizer, lr_factor, plateau_step, set_learning_rates
+from sashimi.recording import record
 from sashimi.run_state import RunState
 from sashimi.saver import Saver
 from sashimi.stream import Batch, TrainingData
@@ -47,6 +49,8 @@ class TrainConfig:
     """Keep each layer's input only, and compute the layer once more for its gradient: less memory, slower steps."""
     compile: bool = False
     """Run the layers by torch.compile: fewer and larger kernels, which is for GPUs. The first step takes minutes."""
+    graph: bool = True
+    """On a GPU, launch each forward and each backward pass as one CUDA graph. Not with ZeRO."""
     valid_every: int = 1000
     """Steps between evaluations of the whole validation split."""
     save_every: int = 1000
@@ -106,7 +110,9 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.n_parameters = sum(p.numel() for p in self.parameters)
         self.ema = build_ema(model, optim.ema) if optim.ema else None
-        optimizer = build_optimizer(model.named_parameters(), optim)
+        # An update in one kernel keeps its step counts on the GPU, where older checkpoints of ZeRO have none.
+        on_gpu = dist.device.type == "cuda" and not dist.zero_stage
+        optimizer = build_optimizer(model.named_parameters(), optim, fused=on_gpu)
         if config.recompute:
             model.recompute_layers()
         if config.compile:
@@ -117,7 +123,21 @@ class Trainer:
         self.rows = [Rows(objective.beginning) for _ in range(data.accumulation)]
         self.saver = Saver(dist, model, optimizer, self.ema, self.rows, data, run_config, folder, config.keep_last)
         self.beginning = objective.beginning
+        if config.graph and on_gpu:
+            self._record(objective)
         self.objective, self.optimizer = dist.prepare(objective, optimizer)
+
+    def _record(self, objective: Objective) -> None:
+        """Have the passes of a training step launched at once, if that can be."""
+        size = (self.data.micro_batch, self.data.data.segment)
+        ids = torch.zeros(size, dtype=torch.int64, device=self.dist.device)
+        mask = torch.ones(size, dtype=torch.bool, device=self.dist.device)
+        carried = (tensor.repeat(size[0], *[1] * (tensor.dim() - 1)) for tensor in self.beginning)
+        inputs = (ids, ids.clone(), mask, *carried)
+        try:
+            record(objective, inputs, self.dist.autocast, accumulate=self.data.accumulation > 1)
+        except Unavailable as reason:
+            warnings.warn(f"train.graph: steps are launched kernel by kernel, {reason}", stacklevel=2)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as if the run had never stopped. InputError if the shards hold other audio."""

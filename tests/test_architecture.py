@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
     "zero": {"atomic", "distributed"},
     "run_state": {"optim"},
     "objective": {"loss", "model", "order", "s4", "stream"},
+    "recording": {"objective"},
     "saver": {
         "atomic",
         "checkpoint",
@@ -75,6 +76,7 @@ ARROWS: dict[str, set[str]] = {
         "model",
         "objective",
         "optim",
+        "recording",
         "run_state",
         "saver",
         "stream",

@@ -181,12 +181,12 @@ def test_projection_by_hand(call: Call) -> None:
     options = [f"--{name}={value}" for name, value in assumed.items()]
     result = json.loads(call("tools/bench.py", "project", *options, "--json").out)
     assert result["parameters"] == 4_764_160
-    exposed = 4 * 4_764_160 - 2**20  # one bucket of it
+    gradients = 4 * 4_764_160  # a small bucket and a large one
     for gpus, bandwidth in ((4, 1e9), (16, 1e8)):
         compute = 0.2
         wait = 0.02 * math.sqrt(2 * math.log(gpus))
-        transfer = 2 * (gpus - 1) / gpus * exposed / bandwidth
-        latency = 3 * 2 * math.log2(gpus) * 0.001 + 0.02
+        transfer = 2 * (gpus - 1) / gpus * gradients / bandwidth
+        latency = 4 * 2 * math.log2(gpus) * 0.001 + 0.02
         total = compute + wait + transfer + latency
         assert result[f"{gpus}_gpus_step_ms"] == pytest.approx(1e3 * total)
         assert result[f"{gpus}_gpus_transfer_share"] == pytest.approx(transfer / total)
@@ -194,7 +194,7 @@ def test_projection_by_hand(call: Call) -> None:
         assert result[f"{gpus}_gpus_read_mb_per_s"] == pytest.approx(1.1 * gpus * 2 * 10_000 / total / 1e6)
     # 8 segments on 4 GPUs are 2 each; 16 GPUs have 8 at work, whose step the launches bound.
     assert result["4_gpus_same_batch_speedup"] == pytest.approx(0.8 / (result["4_gpus_step_ms"] / 1e3))
-    wait, transfer, latency = 0.01 * math.sqrt(2 * math.log(8)), 1.75 * exposed / 1e8, 3 * 2 * 3 * 0.001 + 0.02
+    wait, transfer, latency = 0.01 * math.sqrt(2 * math.log(8)), 1.75 * gradients / 1e8, 4 * 2 * 3 * 0.001 + 0.02
     assert result["16_gpus_same_batch_speedup"] == pytest.approx(0.8 / (0.1 + wait + transfer + latency))
 
 

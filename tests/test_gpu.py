@@ -1,5 +1,6 @@
 """The same results on a CUDA device as on the CPU; without one, test_device.py checks placement with fake tensors."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from sashimi.checkpoint import load_checkpoint
 from sashimi.errors import Unavailable
 from sashimi.graph import Graph, recorded
 from sashimi.model import ModelConfig, Sashimi, SashimiState
+from sashimi.objective import Objective
 from sashimi.sampler import Drawing, Plain, draw, generate, make_engine
 
 pytestmark = pytest.mark.gpu
@@ -136,3 +138,66 @@ def test_training_in_each_precision(
     assert [step for step, _, _ in curve(resumed)] == [step for step, _, _ in curve(lines)]
     assert load_checkpoint(folder / "step-00000040").state["loss_scale"] == before
     assert bool(before) == (precision == "fp16")
+
+
+OPTIONS = {
+    "whole batch": [],
+    "accumulated": ["--train.micro_batch", "1"],
+    "carried": ["--data.carry", "3", "--train.micro_batch", "2", "--audio.quantizer", "mu-law"],
+    "recomputed": ["--train.recompute", "true"],
+    "averaged": ["--optim.ema", "0.9"],
+}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_recorded_steps_train_as_others(
+    train: Callable[..., list[dict]], monkeypatch: pytest.MonkeyPatch, options: str, precision: str
+) -> None:
+    """The losses of `train.graph` are those without, and it is what is run.
+
+    Mutations: in `record`, no `outputs.clone()` or no `register_hook` (accumulated), no `.detach()` (carried), or
+    `make_graphed_callables` under autocast.
+    """
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    replay, replays = torch.cuda.CUDAGraph.replay, []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
+    curves = []
+    for graph in (False, True):
+        replays.clear()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=r"train\.graph")
+            lines = train(f"graph-{graph}", *OPTIONS[options], "--train.graph", str(graph).lower())
+        curves.append(curve(lines))
+        assert len(replays) == graph * 2 * 12 * {"accumulated": 4, "carried": 2}.get(options, 1)
+    plain, recorded = curves
+    assert [point[:2] for point in recorded] == [point[:2] for point in plain]
+    bits = [[bits for *_, bits in points] for points in curves]
+    assert bits[1] == pytest.approx(bits[0], rel=1e-5 if precision == "no" else 1e-2)
+
+
+def test_law_12_with_recorded_dropout(train: Callable[..., list[dict]], tmp_path: Path) -> None:
+    """Random numbers are a step's own, recorded or not. Mutation: in `Trainer.step`, no `manual_seed`."""
+    lines = train("run", "--model.dropout", "0.3", "--train.keep_last", "9")
+    checkpoint = tmp_path / "runs/run/checkpoints/step-00000004"
+    resumed = train("run", "--model.dropout", "0.3", "--resume", str(checkpoint))
+    assert [bits for *_, bits in curve(resumed)] == pytest.approx([bits for *_, bits in curve(lines)], rel=1e-5)
+    other = train("other", "--model.dropout", "0")
+    assert curve(other) != curve(lines)
+
+
+def test_steps_that_cannot_be_recorded_are_launched(
+    train: Callable[..., list[dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is said, and nothing is harmed. Mutation: in `Trainer._record`, no `except`."""
+    lines = train("run", "--train.graph", "false")
+    forward = Objective.forward
+
+    def waits(objective: Objective, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        assert float(inputs[0].sum()) >= 0
+        return forward(objective, *inputs)
+
+    monkeypatch.setattr(Objective, "forward", waits)
+    with pytest.warns(UserWarning, match=r"train\.graph: steps are launched kernel by kernel, no CUDA graph .*captur"):
+        same = train("waiting")
+    assert [bits for *_, bits in curve(same)] == pytest.approx([bits for *_, bits in curve(lines)], rel=1e-5)

@@ -356,8 +356,8 @@ def test_pinned_batches_are_the_same_batches(split: Split, workers: int) -> None
     data = replace(DATA, workers=workers)
     plain = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8))
     pinned = next(train_batches(split, data, AUDIO, SEED, 0, 8, 8, Place(pin_memory=True)))
-    assert pinned.inputs.is_pinned()
-    assert pinned.mask.is_pinned()
+    assert pinned.levels.is_pinned()
+    assert pinned.samples.is_pinned()
     assert_equal(plain, pinned)
 
 

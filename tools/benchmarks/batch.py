@@ -8,10 +8,9 @@ import torch
 from benchmarks.floors import seconds
 from benchmarks.plots import check_plot, plot
 from benchmarks.settings import Settings
+from benchmarks.train import training_step
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
-from sashimi.objective import Objective
-from sashimi.optim import OptimConfig, build_optimizer
 from sashimi.sampler import Drawing, make_engine
 
 _GAIN = 1.05  # what a larger batch must bring
@@ -82,16 +81,8 @@ def _until_saturated(config: BatchSettings, work: Callable[[int], tuple[Callable
 
 
 def _train(model: Sashimi, config: BatchSettings, batch_size: int) -> tuple[Callable[[], None], int]:
-    objective, optimizer = Objective(model), build_optimizer(model.named_parameters(), OptimConfig())
-    ids = torch.randint(256, (batch_size, config.length + 1), device=model.head.weight.device)
-    mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
-
-    def step() -> None:
-        (objective(ids[:, :-1], ids[:, 1:], mask) / mask.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, batch_size * config.length
+    graph = model.head.weight.device.type == "cuda"
+    return training_step(model, batch_size, config.length, graph=graph), batch_size * config.length
 
 
 def _generate(model: Sashimi, config: BatchSettings, batch_size: int) -> tuple[Callable[[], object], int]:

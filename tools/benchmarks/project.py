@@ -1,4 +1,4 @@
-"""What weak scaling must come to on GPUs that nobody has measured here: a calculation, every assumption an option."""
+"""What weak scaling must come to on many GPUs, of which one was measured: a calculation, every assumption an option."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from benchmarks.settings import Settings
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi
 
-_FIRST_BUCKET = 1 << 20  # bytes of gradients that DDP reduces first; the others wait for up to 25 MiB
+_BUCKETS = 1 << 20, 25 << 20  # bytes of gradients that DDP reduces at once: first, and then
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class ProjectSettings(Settings):
     """Numbers of GPUs."""
     gpus_per_node: int = 8
     """GPUs that NVLink joins."""
-    samples_per_s: float = 1e6
-    """Assumed: samples a second that a GPU trains on when its batch is large."""
-    launch_s: float = 0.05
-    """Assumed: least seconds of a step, however small its batch: some 7,000 kernels launched one by one."""
+    samples_per_s: float = 4.3e6
+    """Samples a second that a GPU trains on when its batch is large; measured on one H200."""
+    launch_s: float = 0.0137
+    """Least seconds of a step, however small its batch; measured on one H200."""
     nvlink_gb_per_s: float = 200
     """Assumed: GB/s of all-reduce traffic a GPU within a node."""
     network_gb_per_s: float = 20
@@ -65,7 +65,7 @@ class StepTime:
 
     compute: float  # of one GPU alone
     wait: float  # for the slowest of W
-    transfer: float  # of gradients that the backward pass does not hide, by bandwidth
+    transfer: float  # of gradients, by bandwidth
     latency: float  # of the large and the small all-reduces, by hops and synchronization
 
     @property
@@ -83,20 +83,19 @@ def step_time(config: ProjectSettings, gradient_bytes: float, gpus: int, batch_s
     """The calculation, with `batch_size` segments on each of W GPUs.
 
     The expected largest of W normal step times is √(2 ln W) spreads above the mean. A ring sends 2 (W − 1)/W of the
-    gradients' bytes through each GPU's slowest link; all but DDP's first bucket are taken to be reduced after the
-    backward pass, because the last bucket is full only at its end. Latency is 2 log₂ W hops (up and down a tree) for
-    each bucket after the first and for each of two small all-reduces (the count before the forward pass, the nats after
-    the backward), whose results the host also waits for.
+    gradients' bytes through each GPU's slowest link, after the backward pass, which is launched as a whole and hides
+    nothing. Latency is 2 log₂ W hops (up and down a tree) for each of DDP's buckets and for each of two small
+    all-reduces (the count before the forward pass, the nats after the backward), whose results the host also waits for.
     """
     compute = compute_time(config, batch_size)
     inside = gpus <= config.gpus_per_node
     bandwidth = 1e9 * (config.nvlink_gb_per_s if inside else config.network_gb_per_s)
-    exposed = max(gradient_bytes - _FIRST_BUCKET, 0)
-    buckets = math.ceil(exposed / (25 << 20))
+    first, more = _BUCKETS
+    buckets = 1 + math.ceil(max(gradient_bytes - first, 0) / more)
     return StepTime(
         compute,
         wait=compute * config.jitter * math.sqrt(2 * math.log(gpus)),
-        transfer=2 * (gpus - 1) / gpus * exposed / bandwidth,
+        transfer=2 * (gpus - 1) / gpus * gradient_bytes / bandwidth,
         latency=(buckets + 2) * 2 * math.log2(gpus) * config.hop_s + 2 * config.sync_s,
     )
 

@@ -1,6 +1,8 @@
 """One training step: forward, loss, backward, update."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -21,6 +23,7 @@ from sashimi.layers import compile_layers
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.objective import Objective
 from sashimi.optim import OptimConfig, build_optimizer
+from sashimi.recording import record
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,32 @@ class TrainSettings(Settings):
     """As train.recompute of training: each layer is computed once more for its gradient."""
     compile: bool = False
     """As train.compile of training: the layers by torch.compile."""
+    graph: bool = True
+    """As train.graph of training: on a GPU, each pass as one CUDA graph."""
+
+
+def training_step(
+    model: Sashimi, batch_size: int, length: int, half: bool = False, graph: bool = False
+) -> Callable[[], None]:
+    """Forward, loss, backward and update on random ids; `half` for bfloat16, `graph` for passes as CUDA graphs."""
+    device = model.head.weight.device
+    objective = Objective(model)
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig(), fused=device.type == "cuda")
+    ids = torch.randint(256, (batch_size, length + 1), device=device)
+    mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=half)
+    if graph:
+        record(objective, batch, autocast, accumulate=False)
+
+    def step() -> None:
+        with autocast():
+            nats = objective(*batch)
+        (nats / mask.numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def bench_train(config: TrainSettings, device: torch.device) -> dict[str, float]:
@@ -50,27 +79,21 @@ def bench_train(config: TrainSettings, device: torch.device) -> dict[str, float]
         model.recompute_layers()
     if config.compile:
         compile_layers(model)
-    objective, optimizer = Objective(model), build_optimizer(model.named_parameters(), OptimConfig())
-    ids = torch.randint(256, (config.batch_size, config.length + 1), device=device)
-    mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     half = config.precision == "bf16"
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            nats = objective(ids[:, :-1], ids[:, 1:], mask)
-        (nats / mask.numel()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
+    step = training_step(model, config.batch_size, config.length, half)
     held = forget_peak(device)
-    (taken,) = seconds(config.repetitions, step)
+    if config.graph and device.type == "cuda":
+        recorded = training_step(model, config.batch_size, config.length, half, graph=True)
+        (taken,) = seconds(config.repetitions, recorded)
+    else:
+        (taken,) = seconds(config.repetitions, step)
     peak = Distributed().peak_memory()
     flop = 6 * products_per_sample(model) * config.batch_size * config.length  # forward once, backward twice
     rate = product_rate(device, config.repetitions, torch.bfloat16 if half else torch.float32)
     activations, weights = moved_numbers(model, config.length)
     moved = (2 if half else 4) * activations * config.batch_size + 4 * weights
     bandwidth = copy_rate(device, config.repetitions)
-    with torch.compiler.set_stance("force_eager"):  # what is compiled is not counted
+    with torch.compiler.set_stance("force_eager"):  # what is compiled or recorded is not counted
         multiplied = counted_flop(step)
     floors = {
         "floor_s": flop / rate,
