@@ -10,6 +10,7 @@ A place that is found is a guess: the decoder checks the two checksums of each f
 import re
 import struct
 import threading
+from array import array
 from bisect import bisect_left
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol, cast
@@ -23,6 +24,7 @@ _MARGINS = (2, 4, 16, 64, 256, 1024)  # frames read in addition on both sides, w
 _MOST_HEADER = 64  # bytes of a frame beside its samples, or more
 _PADDING = 64  # bytes of memory that must follow those to be decoded: AV_INPUT_BUFFER_PADDING_SIZE
 _MOST = 0x110000  # frames whose numbers are coded as Unicode's characters are
+_MOST_REMEMBERED = 1 << 12  # frames of a stream whose places are remembered
 
 
 class File(Protocol):
@@ -32,27 +34,49 @@ class File(Protocol):
     def readinto(self, buffer: Any, /) -> int: ...
 
 
-class _Stream(NamedTuple):
-    """What a stream says of itself."""
+class Stream(NamedTuple):
+    """What a stream says of itself, and what was seen of it."""
 
     frames_at: int  # byte where the first frame begins
     header: bytes  # the four bytes with which all frames begin but perhaps the last
     block: int  # samples a frame, in all but the last
     samples: int
     sample_rate: int  # Hz
+    places: "array[int]"  # of its frames, the byte where each begins, or 0; of a long stream's, none
 
     @property
     def frames(self) -> int:
         return -(-self.samples // self.block)
 
+    def remember(self, number: int, place: int) -> None:
+        """Where a frame begins."""
+        if number < len(self.places):
+            self.places[number] = place
 
-def read_flac(file: File, size: int, start: int, samples: int) -> tuple[np.ndarray, int] | None:
+
+def read_flac(
+    file: File, size: int, start: int, samples: int, seen: list[Stream] | None = None
+) -> tuple[np.ndarray, int] | None:
     """Samples start .. start + samples of a mono 16-bit stream of `size` bytes, int16 (samples,), and its rate in Hz.
 
     None if the stream is of another kind, damaged where it is read, or too short; another decoder may tell which.
+    `seen`, an empty list at first, spares the search to those who read the same stream with it again.
     """
-    stream = _about(_read(file, 0, min(size, _HEAD)))
-    if stream is None or start + samples > stream.samples:
+    seen = [] if seen is None else seen
+    found = _read_flac(file, size, start, samples, seen)
+    if found is None:
+        seen.clear()  # it may be another stream's
+    return found
+
+
+def _read_flac(file: File, size: int, start: int, samples: int, seen: list[Stream]) -> tuple[np.ndarray, int] | None:
+    if not seen:
+        about = _about(_read(file, 0, min(size, _HEAD)))
+        if about is None:
+            return None
+        seen.append(about)
+    stream = seen[0]
+    if start + samples > stream.samples:
         return None
     # The last frame may begin otherwise, so it is not looked for, but follows the one before.
     first = min(start // stream.block, max(0, stream.frames - 2))
@@ -82,7 +106,7 @@ def _read(file: File, begin: int, end: int) -> bytearray:
     return data
 
 
-def _about(head: bytearray) -> _Stream | None:
+def _about(head: bytearray) -> Stream | None:
     """What a stream that begins so says of itself; None if it is not mono, 16-bit and of frames of one length."""
     at, last = 4, False
     while not last:
@@ -95,23 +119,36 @@ def _about(head: bytearray) -> _Stream | None:
     begins_well = head.startswith((b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22"))
     if not begins_well or header[:2] != b"\xff\xf8" or header[3:] != b"\x08":  # numbered frames; mono, 16 bits
         return None
-    return _Stream(at, header, most, samples, numbers >> 44) if least == most >= samples / _MOST else None
+    if least != most or most < samples / _MOST:
+        return None
+    frames = -(-samples // most) if most else 0
+    places = array("Q", bytes(8 * frames if frames <= _MOST_REMEMBERED else 0))
+    return Stream(at, header, most, samples, numbers >> 44, places)
 
 
-def _find(file: File, size: int, stream: _Stream, first: int, after: int) -> memoryview | None:
+def _find(file: File, size: int, stream: Stream, first: int, after: int) -> memoryview | None:
     """The bytes of frames first .. after, up to the end if there is no frame `after`; None if they are not found.
 
     Interpolates between the nearest frames whose places are known, and reads ever more around the guess.
     """
+    wanted = stream.header + _coded(first)
+    if after <= len(stream.places):
+        begin, end = stream.places[first], size if after == stream.frames else stream.places[after]
+        if 0 < begin < end <= size:
+            data = _read(file, begin, end)
+            if data.startswith(wanted):
+                return memoryview(data)[: end - begin]
     known = [(0, stream.frames_at), (stream.frames, size)]  # frames, and where they begin
     for margin in _MARGINS:
         begin, end = _guess(known, first, -margin), _guess(known, after, margin)
         if not 0 < end - begin <= (after - first + 2 * margin) * (2 * stream.block + _MOST_HEADER):
             return None
         data = _read(file, begin, min(size, end + _MOST_HEADER))
-        at = data.find(stream.header + _coded(first))
+        at = data.find(wanted)
         stop = data.rfind(stream.header + _coded(after)) if after < stream.frames else size - begin
         if 0 <= at < stop:
+            stream.remember(first, begin + at)
+            stream.remember(after, begin + stop)
             return memoryview(data)[at:stop]
         found = re.compile(re.escape(stream.header)).finditer(data, 0, end - begin)
         places = ((_number(data[match.end() : match.end() + 4]), begin + match.start()) for match in found)

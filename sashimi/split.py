@@ -4,13 +4,14 @@ import io
 import tarfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 
 from sashimi.errors import InputError
-from sashimi.flac import read_flac
+from sashimi.flac import Stream, read_flac
 from sashimi.grid import first_row
 from sashimi.shard_rules import index_fault
 from sashimi.shards import DamagedMember, check_command, read_index, read_manifest
@@ -38,6 +39,7 @@ class Split:
         self.sample_rate = sample_rate
         self.shards = shards
         self.shard_names = [shard.name for shard in shards]
+        self._shards = [folder / s.name if isinstance(folder, Path) else folder.file(s) for s in shards]
         self.checksums = [shard.sha256 for shard in shards]
         self.labels = labels
         self.index = np.asarray(index)  # each of a memmap's own fields and rows would be a memmap, which is slow
@@ -57,7 +59,8 @@ class Split:
         """
         stop = start + samples
         rows = self.rows(recording)
-        assert 0 <= start <= stop <= rows["start"][-1] + np.uint64(rows["samples"][-1]), (recording, start, samples)
+        last = rows[-1]
+        assert 0 <= start <= stop <= int(last["start"]) + int(last["samples"]), (recording, start, samples)
         chunk = int(rows["start"].searchsorted(np.uint64(start), side="right")) - 1
         parts = []
         while start < stop:
@@ -76,8 +79,7 @@ class Split:
         return name.rpartition("-")[0] if name.endswith(".flac") else f"number {recording}"
 
     def _shard(self, row: np.void) -> Path | RemoteFile:
-        entry = self.shards[row["shard"]]
-        return self.folder / entry.name if isinstance(self.folder, Path) else self.folder.file(entry)
+        return self._shards[row["shard"]]
 
 
 def open_split(place: str | Path | RemoteFolder, split: str, cache: str | None = None) -> Split:
@@ -133,7 +135,7 @@ def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, 
     def read() -> tuple[np.ndarray, int]:
         size = int(row["bytes"])
         with open_bytes(shard, int(row["offset"]), size) as file:
-            found = read_flac(file, size, start, samples)
+            found = read_flac(file, size, start, samples, _seen(str(shard), int(row["offset"])))
             if found is not None:
                 return found
             file.seek(0)
@@ -158,6 +160,12 @@ def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, 
         reason = f"decoded to shape {audio.shape}, wanted ({samples},)"
         raise DamagedMember(shard, member_name(shard, row), reason)
     return audio
+
+
+@lru_cache(1 << 10)
+def _seen(shard: str, offset: int) -> list[Stream]:
+    """What this process has seen of a member."""
+    return []
 
 
 def member_name(shard: Path | RemoteFile, row: np.void) -> str:

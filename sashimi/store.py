@@ -250,11 +250,11 @@ class Stretch(io.RawIOBase):
     A decoder calls it from C, where no error can be raised: `error` keeps the first one, and the file ends there.
     """
 
-    def __init__(self, file: io.FileIO, offset: int, size: int) -> None:
-        """The file stays its owner's to close. OSError if it is too short."""
-        self.file, self.offset, self.size, self.place = file, offset, size, 0
+    def __init__(self, descriptor: int, offset: int, size: int) -> None:
+        """The open file stays its owner's to close. OSError if it is too short."""
+        self.descriptor, self.offset, self.size, self.place = descriptor, offset, size, 0
         self.error: OSError | None = None
-        missing = offset + size - os.fstat(file.fileno()).st_size
+        missing = offset + size - os.fstat(descriptor).st_size
         if missing > 0:
             raise OSError(f"the file ends {min(missing, size)} bytes too early")
 
@@ -274,7 +274,7 @@ class Stretch(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self.size - self.place)]
         try:
-            count = os.preadv(self.file.fileno(), [view], self.offset + self.place)
+            count = os.preadv(self.descriptor, [view], self.offset + self.place)
         except OSError as error:
             self.error = self.error or error
             return 0
@@ -286,12 +286,16 @@ class Stretch(io.RawIOBase):
 def open_local(path: Path, offset: int, size: int) -> Iterator[Stretch]:
     """`size` bytes of a file from `offset` on, unbuffered. OSError if it is missing, too short, or cannot be read."""
     # Opened each time anew: cheap beside decoding, and safe to fork.
-    with open(path, "rb", buffering=0) as file, Stretch(file, offset, size) as stretch:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        stretch = Stretch(descriptor, offset, size)
         try:
             yield stretch
         finally:
             if stretch.error:
                 raise stretch.error
+    finally:
+        os.close(descriptor)
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -7,6 +7,7 @@ part of every global batch, so the loader must not be handed to `Accelerator.pre
 """
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
@@ -35,6 +36,8 @@ from sashimi.order import (
 )
 from sashimi.shards import DamagedMember
 from sashimi.split import Split, open_split
+
+_AHEAD = 1024  # positions that are located together
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,17 @@ class Place(NamedTuple):
 ALONE = Place()
 
 
+class Located(NamedTuple):
+    """Segments of some positions, and where they lie: arrays of one shape."""
+
+    ids: Int64s
+    cuts: Cuts
+    begins: NDArray[np.bool_]
+    """Whether a row does not go on from its segment in the batch before."""
+
+
 class Segments(Dataset[Batch]):
-    """`segments[positions]` is the Batch of these positions (B,) of the training order of `seed`.
+    """`segments[positions]` is the Batch of these positions (B,) of the training order of `seed`, located or not.
 
     With seed None, for evaluation, positions are the segment ids themselves (FILLER allowed) and `data.crop` is
     ignored. A segment that cannot be decoded becomes a row with nothing to score and a line in `faults`.
@@ -166,16 +178,17 @@ class Segments(Dataset[Batch]):
         self.grid = Grid(split.index, data.segment, data.tail)
         self.quantizer = Quantizer(audio)
 
-    def __getitem__(self, positions: Int64s) -> Batch:
-        ids, cuts, begins = self._locate(positions)
+    def __getitem__(self, positions: Int64s | Located) -> Batch:
+        ids, cuts, begins = positions if isinstance(positions, Located) else self.locate(positions)
         audio, faults = self._read(ids, cuts)  # before all arithmetic, so that each has the processor's cache in turn
-        levels = torch.full((len(ids), self.data.segment), self.quantizer.silence, dtype=self.quantizer.dtype)
-        samples = torch.zeros(len(ids), dtype=torch.int64)
-        for row, sound in audio.items():
-            levels[row, : len(sound)] = self.quantizer.encode_int16(torch.from_numpy(sound))
-            samples[row] = len(sound)
         silence = self.quantizer.silence
-        return Batch(levels, samples, torch.from_numpy(ids), torch.from_numpy(begins), silence, tuple(faults))
+        levels = np.full((len(ids), self.data.segment), silence, self.quantizer.dtype)
+        samples = np.zeros(len(ids), np.int64)
+        for row, sound in audio.items():
+            levels[row, : len(sound)] = self.quantizer.encode_int16(sound)
+            samples[row] = len(sound)
+        tensors = [torch.from_numpy(array) for array in (levels, samples, ids, begins)]
+        return Batch._make((*tensors, silence, tuple(faults)))
 
     def _read(self, ids: Int64s, cuts: Cuts) -> tuple[dict[int, np.ndarray], list[str]]:
         """The int16 samples of each row that has any, and a line for each that should have."""
@@ -189,12 +202,12 @@ class Segments(Dataset[Batch]):
                 faults.append(f"{damage} (segment {ids[row]}: {place})")
         return audio, faults
 
-    def _locate(self, positions: Int64s) -> tuple[Int64s, Cuts, NDArray[np.bool_]]:
-        """Segments, where they lie, and whether they begin a passage; recordings begin one in any case."""
+    def locate(self, positions: Int64s) -> Located:
+        """The segments of positions of any shape, and where they lie; a recording's first one begins in any case."""
         n, carry = self.grid.n_segments, self.data.carry
         if self.seed is None:
             cuts = self.grid.cut(positions)
-            return positions, cuts, cuts.first | (carry == 0)
+            return Located(positions, cuts, cuts.first | (carry == 0))
         if carry:
             ids, epochs, begins = played_at(positions, n, self.seed, carry, self.batch_size)
         else:
@@ -204,7 +217,26 @@ class Segments(Dataset[Batch]):
         begins = begins | cuts.first
         if self.data.crop:
             cuts = self.grid.crop(cuts, self.seed, epochs)
-        return ids, cuts, begins
+        return Located(ids, cuts, begins)
+
+
+class _Ahead(Sampler[Located]):
+    """Where the segments of batches lie: of many at once, because arithmetic on few numbers costs as much."""
+
+    def __init__(self, segments: Segments, batches: Iterable[Int64s]) -> None:
+        """`batches`: the positions (B,) of each."""
+        self.segments, self.batches = segments, batches
+
+    def __iter__(self) -> Iterator[Located]:
+        batches = iter(self.batches)
+        for first in batches:
+            block = np.stack([first, *itertools.islice(batches, _AHEAD // len(first))])
+            ids, cuts, begins = self.segments.locate(block)
+            for row in range(len(block)):
+                yield Located(ids[row], Cuts(*(field[row] for field in cuts)), begins[row])
+
+    def __len__(self) -> int:
+        return len(self.batches)  # type: ignore[arg-type]  # of evaluation's, which end
 
 
 def train_batches(
@@ -317,7 +349,7 @@ def _loader(segments: Segments, positions: Iterable[Int64s], place: Place) -> Da
     workers = segments.data.workers
     return DataLoader(
         segments,
-        sampler=positions,
+        sampler=_Ahead(segments, positions),
         batch_size=None,
         collate_fn=_as_it_is,
         num_workers=workers,

@@ -159,6 +159,71 @@ def test_only_what_holds_a_part_is_read() -> None:
     assert sum(reads) < len(reads) / 2 * len(stream) / 3
 
 
+def test_what_was_seen_is_not_looked_for_again() -> None:
+    """The same samples, by one read of their frames alone; of whatever part is asked for next.
+
+    Mutations: in `_find`, drop either `remember`, or `places[after]` for `size`; in `_read_flac`, always `_about`.
+    """
+    stream, reads = encode(SIGNALS["bursts"]), []
+
+    class Counted(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            reads.append(len(buffer))
+            return super().readinto(buffer)
+
+    seen: list[flac.Stream] = []
+    for reads_in_all in (2, 3):
+        assert read_flac(Counted(stream), len(stream), 30_000, 5000, seen)
+        assert len(reads) == reads_in_all
+    assert reads[-1] < reads[-2]  # without a margin
+    parts = [(start, min(5000, LONG - start)) for start in range(0, LONG, 4096)]
+    for _ in range(2):
+        reads.clear()
+        for start, samples in parts:
+            found = read_flac(Counted(stream), len(stream), start, samples, seen)
+            assert found is not None
+            assert np.array_equal(found[0], SIGNALS["bursts"][start : start + samples])
+    frames, places = seen[0].frames, [*seen[0].places, len(stream)]
+    held = [(min(i, frames - 2), i + 2 if i + 2 < frames - 1 else frames) for i in range(len(parts))]
+    assert reads == [places[after] - places[first] for first, after in held]
+    assert min(reads) > 0
+    for start in (0, 777, LONG - 1):
+        samples = LONG - start
+        found = read_flac(io.BytesIO(stream), len(stream), start, samples, seen)
+        assert found is not None
+        assert np.array_equal(found[0], SIGNALS["bursts"][start:])
+
+
+def test_what_was_seen_may_be_another_stream() -> None:
+    """Then nothing is found, or the right samples; next time all is looked for anew. Long ones are not remembered.
+
+    Mutations: in `read_flac`, no `clear`; in `_find`, no `startswith`; in `_about`, all places of any stream.
+    """
+    seen: list[flac.Stream] = []
+    sounds = SIGNALS["walk"], SIGNALS["noise"], SIGNALS["walk"][:20_000]
+    streams = [encode(sound) for sound in sounds]
+    for sound, stream in [*zip(sounds, streams, strict=True)] * 2:
+        for start in (0, 10_000, 0, 10_000):
+            found = read_flac(io.BytesIO(stream), len(stream), start, 10_000, seen)
+            if found is None:
+                assert seen == []
+                found = read_flac(io.BytesIO(stream), len(stream), start, 10_000, seen)
+            assert found is not None
+            assert np.array_equal(found[0], sound[start : start + 10_000])
+    plain = plain_stream(100, range(100))
+    more = len(plain_stream(51, [])) - len(plain_stream(50, [])) - 4  # metadata, by which all is a frame farther on
+    shifted = b"fLaC\0\0\0\x22" + plain[8:42] + b"\x81" + more.to_bytes(3) + bytes(more) + plain[42:]
+    seen.clear()
+    assert read_flac(io.BytesIO(plain), len(plain), 50 * 16, 16, seen)
+    found = read_flac(io.BytesIO(shifted), len(shifted), 50 * 16, 16, seen)
+    assert found is not None
+    assert np.array_equal(found[0], np.full(16, 50))
+    long = plain_stream(5000, range(5000))
+    seen.clear()
+    assert read_flac(io.BytesIO(long), len(long), 100, 16, seen)
+    assert len(seen[0].places) == 0
+
+
 def with_padding(stream: bytes, size: int) -> bytes:
     """The same with that much more metadata."""
     assert stream[4] == 0, "STREAMINFO is not the last of the metadata"

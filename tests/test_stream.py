@@ -206,12 +206,12 @@ def test_law_8_crops_keep_the_count_and_stay_inside(
 
 
 def test_law_8_crops_are_drawn_anew_for_each_epoch_and_recording(split: Split) -> None:
-    """Mutation: in `Segments._locate`, give `Grid.crop` epochs of 0."""
+    """Mutation: in `Segments.locate`, give `Grid.crop` epochs of 0."""
     segments = Segments(split, replace(DATA, tail="drop", crop=True), AUDIO, SEED)
     n = segments.grid.n_segments
     offsets: dict[int, set[int]] = {}
     for epoch in range(40):
-        _, cuts, _ = segments._locate(np.arange(epoch * n, (epoch + 1) * n))
+        _, cuts, _ = segments.locate(np.arange(epoch * n, (epoch + 1) * n))
         for recording, start in zip(cuts.recordings, cuts.starts % L, strict=True):
             offsets.setdefault(int(recording), set()).add(int(start))
     rest = [length % L if length > L else 0 for length in LENGTHS]
@@ -232,7 +232,7 @@ def test_segments_are_the_signal_cut_from_the_source(
     sources = list(recordings.values())
     segments = Segments(split, data, AUDIO, SEED)
     batch = segments[np.arange(2 * n)]
-    _, cuts, _ = segments._locate(np.arange(2 * n))
+    _, cuts, _ = segments.locate(np.arange(2 * n))
     crossing = 0
     for row in range(2 * n):
         recording, start, samples = (int(field[row]) for field in cuts[:3])
@@ -349,6 +349,15 @@ def test_streams_leave_the_callers_random_state_alone(split: Split) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux tells them")
+def test_no_file_is_left_open(split: Split) -> None:
+    """Mutation: in `open_local`, no `close`."""
+    segments = Segments(split, DATA, AUDIO, SEED)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert segments[np.arange(20)].faults == ()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_batches_are_the_same_batches(split: Split, workers: int) -> None:
@@ -409,7 +418,7 @@ def test_a_row_goes_on_where_it_was(split: Split, recordings: dict[str, np.ndarr
     """Where a row does not reset, its samples follow in the recording on those of its batch before; it resets at a
     recording's first segment and at the beginning of a passage. Each epoch scores what it does without passages.
 
-    Mutations: in `Segments`, `resets` without that of a recording; in `_locate`, epochs of 0; in `Grid.crop`, samples
+    Mutations: in `Segments`, `resets` without that of a recording; in `locate`, epochs of 0; in `Grid.crop`, samples
     of filler.
     """
     data = replace(DATA, tail=tail, crop=crop, carry=4)
@@ -417,7 +426,7 @@ def test_a_row_goes_on_where_it_was(split: Split, recordings: dict[str, np.ndarr
     segments = Segments(split, data, AUDIO, SEED, batch_size=rows)
     positions = np.arange(steps * rows).reshape(steps, rows)
     played = [segments[step] for step in positions]
-    _, cuts, begins = segments._locate(positions)
+    _, cuts, begins = segments.locate(positions)
     first, went_on = set(segments.grid.firsts().tolist()), 0
     for step, row in itertools.product(range(1, steps), range(rows)):
         batch, samples = played[step], int(cuts.samples[step, row])
