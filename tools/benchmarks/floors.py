@@ -20,6 +20,8 @@ from sashimi.native.scan import CHUNK
 from sashimi.s4 import S4
 from sashimi.ssm import fft_length
 
+_PRODUCTS = 5  # one alone may meet a processor's boost, which a training step does not
+
 
 def seconds(repetitions: int, *functions: Callable[[], Any]) -> list[float]:
     """Median seconds of each function, taken in turns after one turn that does not count; waits for a GPU."""
@@ -56,11 +58,17 @@ def forget_peak(device: torch.device) -> int:
 # --- rates of the machine ----------------------------------------------------------------------------------------
 
 
+def large_product(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Callable[[], Any], int]:
+    """Large matrix products, one after another, and their FLOP."""
+    a, b = (torch.randn(1536, 1536, device=device, dtype=dtype) for _ in range(2))
+    return lambda: [a @ b for _ in range(_PRODUCTS)], _PRODUCTS * 2 * 1536**3
+
+
 def product_rate(device: torch.device, repetitions: int, dtype: torch.dtype = torch.float32) -> float:
     """FLOP/s of a large matrix product."""
-    a, b = (torch.randn(1536, 1536, device=device, dtype=dtype) for _ in range(2))
-    (product,) = seconds(repetitions, lambda: a @ b)
-    return 2 * 1536**3 / product
+    product, flop = large_product(device, dtype)
+    (taken,) = seconds(repetitions, product)
+    return flop / taken
 
 
 def read_rate(numbers: int, device: torch.device, repetitions: int) -> float:
@@ -70,12 +78,11 @@ def read_rate(numbers: int, device: torch.device, repetitions: int) -> float:
     return 20 * 4 * numbers / read
 
 
-def copy_rate(device: torch.device, repetitions: int) -> float:
-    """Bytes/s read and written by copying 256 MiB."""
+def large_copy(device: torch.device) -> tuple[Callable[[], Any], int]:
+    """Copying 256 MiB, and the bytes read and written."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source)
-    (copied,) = seconds(repetitions, lambda: target.copy_(source))
-    return 2 * 4 * source.numel() / copied
+    return lambda: target.copy_(source), 2 * 4 * source.numel()
 
 
 def counted_flop(function: Callable[[], Any]) -> int:
