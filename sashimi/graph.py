@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sashimi.errors import Unavailable
+from sashimi.layers import compile_steps
 from sashimi.model import Sashimi, SashimiState, map_states
 
 _FEWEST = 16  # samples of a period; it holds several of the pooling's if those are shorter
@@ -28,15 +29,20 @@ class Graph:
     """An engine: (ids (B,) of the sample before, state, uniforms (B, L)) -> ids (B, L), nats (B, L), state.
 
     B is `batch_size`, and the parameters are those of its making. `steps` makes the engine whose periods are recorded,
-    and which computes what comes before and after whole ones. On CUDA without `record`, nothing is. Raises Unavailable
-    for a model or a machine that it cannot do.
+    and which computes what comes before and after whole ones; with `compiled`, layers within periods are compiled
+    first. On CUDA without `record`, nothing is. Raises Unavailable for a model or a machine that it cannot do.
     """
 
-    name = "graph"
-
     def __init__(
-        self, model: Sashimi, batch_size: int, steps: Callable[[Sashimi], Steps], *, record: bool = True
+        self,
+        model: Sashimi,
+        batch_size: int,
+        steps: Callable[[Sashimi], Steps],
+        *,
+        compiled: bool = False,
+        record: bool = True,
     ) -> None:
+        self.name = "compiled" if compiled else "graph"
         self.total = model.config.total_pool
         length = -(-_FEWEST // self.total) * self.total
         if length > _MOST:
@@ -44,13 +50,19 @@ class Graph:
         device = model.head.weight.device
         with torch.inference_mode(False), torch.no_grad():
             own = _frozen(model)
-            self.steps = steps(own)
+            self.steps = self.period = steps(own)
+            if compiled:
+                fused = _frozen(model)
+                compile_steps(fused)
+                self.period = steps(fused)
             self.tier = own.init_state(batch_size).tier
             self.inputs = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self.uniforms = torch.zeros(batch_size, length, dtype=torch.float64, device=device)
             self.ids = torch.zeros(batch_size, length, dtype=torch.int64, device=device)
             self.nats = torch.zeros_like(self.uniforms)
             self.replay = recorded(self.run, device) if record and device.type == "cuda" else self.run
+            if compiled:
+                _try(self.replay)
 
     @torch.no_grad()
     def __call__(self, inputs: Tensor, state: SashimiState, uniforms: Tensor) -> tuple[Tensor, Tensor, SashimiState]:
@@ -85,7 +97,7 @@ class Graph:
 
     def run(self) -> None:
         """One period from phase 0, from the buffers to the buffers, in kernels of the device alone."""
-        ids, nats, state = self.steps(self.inputs, SashimiState(self.tier, 0), self.uniforms)
+        ids, nats, state = self.period(self.inputs, SashimiState(self.tier, 0), self.uniforms)
         self.ids.copy_(ids)
         self.nats.copy_(nats)
         self.inputs.copy_(ids[:, -1])
@@ -114,6 +126,15 @@ def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None
         reason, _, _ = str(cause).partition("\n")
         raise Unavailable(f"no CUDA graph could be recorded: {reason}") from error
     return graph.replay
+
+
+def _try(run: Callable[[], None]) -> None:
+    """Have everything compiled that `run` needs. Raises Unavailable if it cannot be."""
+    try:
+        run()
+    except RuntimeError as error:
+        reason, _, _ = str(error).partition("\n")
+        raise Unavailable(f"its steps cannot be compiled: {reason}") from error
 
 
 def _frozen(model: Sashimi) -> Sashimi:

@@ -112,16 +112,29 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
     `backend` as in torch.compile. Each shape of inputs is compiled for itself. Two settings of torch change for the
     whole process: how many graphs a function may have, and that compiled gradients are computed without autocast.
     """
-    from torch._dynamo import config as dynamo  # takes a second
-    from torch._functorch import config as functorch
+    from torch._functorch import config as functorch  # takes a second
 
-    # One graph for each kind of layer of each tier, with and without gradients: more than the 8 that are allowed.
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    _allow_graphs()
     # Gradients as without compiling: by no autocast. Else those of the state space would be bfloat16's.
     functorch.backward_pass_autocast = "off"
     for module in model.modules():
         if isinstance(module, Residual):
             module.compile(backend=backend, dynamic=False)
+
+
+def compile_steps(model: nn.Module) -> None:
+    """From now on take each `Residual`'s steps by torch.compile. One setting changes, as in `compile_layers`."""
+    _allow_graphs()
+    for module in model.modules():
+        if isinstance(module, Residual):
+            module.step = torch.compile(module.step, dynamic=False)  # type: ignore[method-assign]
+
+
+def _allow_graphs() -> None:
+    """One for each kind of layer of each tier, with and without gradients: more than the 8 that are allowed."""
+    from torch._dynamo import config as dynamo
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
 
 
 class DownPool(nn.Module):

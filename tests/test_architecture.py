@@ -86,7 +86,7 @@ ARROWS: dict[str, set[str]] = {
     # sampling
     "native.program": {"layers", "model", "s4"},
     "native.engine": {"model", "native.library", "native.program"},
-    "graph": {"model"},
+    "graph": {"layers", "model"},
     "sampler": {"graph", "model", "native.engine"},
     "clips": {"atomic", "audio", "model", "sampler"},
     # the public names, and folders

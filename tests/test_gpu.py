@@ -97,6 +97,18 @@ def test_recorded_periods_are_the_plain_steps(variant: str, batch_size: int, set
             assert (own - nats[:, t]).abs().max() < 1e-4
 
 
+def test_compiled_periods_are_the_plain_steps() -> None:
+    """Law 16 for graphs of compiled layers, in float64. Mutation: in `Graph`, `self.period = steps(model)`."""
+    with torch.inference_mode():
+        model, state, silence, u = on_gpu("default", torch.float64, 3)
+        expected, expected_nats, _ = Plain(model, draw)(silence, state, u)
+        engine = make_engine(model, Drawing(batch_size=3, engine="compiled"))
+        ids, nats, _ = engine(silence, state, u)
+    assert engine.name == "compiled"
+    assert torch.equal(ids, expected)
+    assert relative(nats, expected_nats) < 1e-9
+
+
 @pytest.mark.parametrize("settings", DRAWS)
 @pytest.mark.parametrize("record", [True, False])
 def test_nothing_waits_for_a_sample(settings: dict, record: bool) -> None:

@@ -6,6 +6,7 @@ played again on the same memory, and on fake CUDA tensors, which refuse to tell 
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ import torch
 from test_device import RECIPES, assert_on, model_on, tensors
 from test_native import LEVELS, REFERENCE, VARIANTS, model_of
 from torch import Tensor
+from torch._dynamo import config as dynamo
 from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from trained_like import relative
 
 from sashimi.errors import InputError, Unavailable
 from sashimi.foreign.importer import import_checkpoint
@@ -119,6 +122,51 @@ def test_cuts_do_not_matter(lengths: tuple[int, ...]) -> None:
     assert torch.equal(ids, expected[0])
     assert torch.equal(nats, expected[1])
     assert all(map(torch.equal, state, expected[2]))
+
+
+def test_compiled_periods_are_the_plain_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Law 16 with layers by torch.compile, also around whole periods, and the weights of its making.
+
+    Mutations: in `Graph`, `compile_steps(model)`; `self.period = steps(model)`; no `compile_steps`.
+    """
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model, u = model_of("default", torch.float64), chance(2, sum(CALLS))
+    with torch.inference_mode():
+        expected_ids, expected_nats, _ = Plain(model, draw)(silence(2), model.init_state(2), u)
+    with dynamo.patch(recompile_limit=8):
+        engine = make_engine(model, Drawing(batch_size=2, engine="compiled"))
+        assert engine.name == "compiled"
+        assert isinstance(engine, Graph)
+        assert list(tmp_path.rglob("*.so"))  # which it has made before it is first called
+        assert "step" not in vars(model.tier.layers[0])
+        with torch.no_grad():
+            before = model.init_state(2)
+            for parameter in model.parameters():
+                parameter.zero_()
+        inputs, state, made = silence(2), before, []
+        for piece in u.split(CALLS, dim=1):
+            ids, nats, state = engine(inputs, state, piece)
+            inputs = ids[:, -1]
+            made.append((ids, nats))
+    ids, nats = (torch.cat(pieces, dim=1) for pieces in zip(*made, strict=True))
+    assert torch.equal(ids, expected_ids)
+    assert relative(nats, expected_nats) < 1e-9
+
+
+def test_what_cannot_be_compiled_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation: in `Graph`, no `_try`."""
+
+    def fail(function: Any, **_: Any) -> Any:
+        def run(*_: Any) -> None:
+            raise RuntimeError("no compiler\nof any kind")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(
+        InputError, match="engine=compiled: its steps cannot be compiled: no compiler; leave it to auto"
+    ):
+        make_engine(model_of("default", torch.float64), Drawing(batch_size=2, engine="compiled"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
