@@ -178,9 +178,9 @@ class Distributed:
             time.sleep(0.2)
 
     def peak_memory(self) -> int:
-        """Bytes: the most that the device has held, or the process where there is no device."""
+        """Bytes: the most that was taken of the device, recorded passes' too; or by the process where there is none."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_reserved(self.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

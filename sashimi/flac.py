@@ -70,12 +70,12 @@ def read_flac(
 
 
 def _read_flac(file: File, size: int, start: int, samples: int, seen: list[Stream]) -> tuple[np.ndarray, int] | None:
-    if not seen:
-        about = _about(_read(file, 0, min(size, _HEAD)))
-        if about is None:
+    stream = next(iter(seen), None)  # other threads may empty it
+    if stream is None:
+        stream = _about(_read(file, 0, min(size, _HEAD)))
+        if stream is None:
             return None
-        seen.append(about)
-    stream = seen[0]
+        seen.append(stream)
     if start + samples > stream.samples:
         return None
     # The last frame may begin otherwise, so it is not looked for, but follows the one before.

@@ -4,7 +4,7 @@ The kernels of a step are many and most of them small, so that a GPU waits for P
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,7 +33,10 @@ def record(
     objective.train()
     objective.forward = cast  # type: ignore[method-assign,assignment]
     try:
-        torch.cuda.make_graphed_callables(objective, inputs)
+        with _stream_of_now():
+            torch.cuda.make_graphed_callables(objective, inputs)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         del objective.forward
         cause = error.__context__ or error  # a recording that is cut short fails once more as it ends
@@ -55,3 +58,8 @@ def record(
         for parameter in objective.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(torch.clone)  # gradients are in such memory too
+
+
+def _stream_of_now() -> AbstractContextManager[None]:
+    """After it the stream is what it was before, which a recording that is cut short does not see to."""
+    return torch.cuda.stream(torch.cuda.current_stream()) if torch.cuda.is_available() else nullcontext()

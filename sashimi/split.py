@@ -168,6 +168,11 @@ def _seen(shard: str, offset: int) -> list[Stream]:
     return []
 
 
+def forget_streams() -> None:
+    """What this process has seen of any."""
+    _seen.cache_clear()
+
+
 def member_name(shard: Path | RemoteFile, row: np.void) -> str:
     """Name of the flac of one index row, from the tar header before it; for messages, so it never fails."""
     header_at = int(row["offset"]) - tarfile.BLOCKSIZE

@@ -276,7 +276,7 @@ class Convolution(torch.autograd.Function):
         d_u = torch.fft.irfft(d_spectrum * response.conj(), n=ctx.n)[..., : d_y.shape[-1]]
         d_response = (d_spectrum * signal.conj()).reshape(-1, *response.shape).sum(0)
         d_kernel = torch.fft.irfft(d_response, n=ctx.n)[..., : d_y.shape[-1]]
-        return d_u, d_kernel, d_kernel[..., 0]
+        return d_u, d_kernel, d_kernel[..., 0].clone()  # else all of the memory would be kept for it
 
 
 def causal_convolution(u: Tensor, kernel: Tensor, D: Tensor) -> Tensor:

@@ -128,16 +128,24 @@ class Trainer:
         self.objective, self.optimizer = dist.prepare(objective, optimizer)
 
     def _record(self, objective: Objective) -> None:
-        """Have the passes of a training step launched at once, if that can be."""
+        """Have the passes of a training step launched at once, or say why not."""
+        model = self.model.config
+        try:
+            if self.config.recompute and model.dropout:
+                raise Unavailable("dropout that is drawn once more for train.recompute is in another graph")
+            if model.kernel == "cauchy_keops":
+                raise Unavailable("PyKeOps waits for the GPU")
+            record(objective, self._example(), self.dist.autocast, accumulate=self.data.accumulation > 1)
+        except Unavailable as reason:
+            warnings.warn(f"train.graph: steps are launched kernel by kernel, {reason}", stacklevel=2)
+
+    def _example(self) -> tuple[torch.Tensor, ...]:
+        """Inputs of the objective, of the shapes of a micro-batch."""
         size = (self.data.micro_batch, self.data.data.segment)
         ids = torch.zeros(size, dtype=torch.int64, device=self.dist.device)
         mask = torch.ones(size, dtype=torch.bool, device=self.dist.device)
         carried = (tensor.repeat(size[0], *[1] * (tensor.dim() - 1)) for tensor in self.beginning)
-        inputs = (ids, ids.clone(), mask, *carried)
-        try:
-            record(objective, inputs, self.dist.autocast, accumulate=self.data.accumulation > 1)
-        except Unavailable as reason:
-            warnings.warn(f"train.graph: steps are launched kernel by kernel, {reason}", stacklevel=2)
+        return ids, ids.clone(), mask, *carried
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint, as if the run had never stopped. InputError if the shards hold other audio."""

@@ -210,6 +210,8 @@ def test_steps_that_cannot_be_recorded_are_launched(
         return forward(objective, *inputs)
 
     monkeypatch.setattr(Objective, "forward", waits)
+    stream = torch.cuda.current_stream()
     with pytest.warns(UserWarning, match=r"train\.graph: steps are launched kernel by kernel, no CUDA graph .*captur"):
         same = train("waiting")
+    assert torch.cuda.current_stream() == stream
     assert [bits for *_, bits in curve(same)] == pytest.approx([bits for *_, bits in curve(lines)], rel=1e-5)

@@ -170,6 +170,39 @@ def test_a_trainer_records_passes_of_its_batches(
     assert torch.equal(losses[2], losses[0])
 
 
+@pytest.mark.parametrize(
+    ("model", "train", "reason"),
+    [
+        ({"dropout": 0.1}, {"recompute": True}, "dropout that is drawn once more"),
+        ({"kernel": "cauchy_keops"}, {}, "PyKeOps waits"),
+    ],
+)
+def test_what_would_go_wrong_is_not_recorded(
+    model: dict, train: dict, reason: str, tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recomputed layer draws other random numbers in another graph; PyKeOps launches on a stream of its own.
+
+    Mutation: in `Trainer._record`, drop either.
+    """
+    data = TrainingData(DataConfig(str(tiny_shards), segment=512, workers=0), AudioConfig(8000), 0, 4, 4)
+    settings = replace(SMALL, levels=256, **model)
+    trainer = Trainer(Distributed(), Sashimi(settings), data, TrainConfig(**train), OptimConfig(), 0, {}, tmp_path)
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", _never)
+    with pytest.warns(UserWarning, match=f"kernel by kernel, {reason}"):
+        trainer._record(trainer.objective)  # type: ignore[arg-type]
+
+
+def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by steps that are launched one by one. Mutation: in `record`, no `except torch.OutOfMemoryError`."""
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        record(objective(), batch(9), _never, accumulate=False)
+
+
 def _fail(*_: Any) -> None:
     raise RuntimeError("no CUDA\nand more")
 
@@ -183,5 +216,5 @@ def test_what_cannot_be_recorded_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -
     assert relative(made(*batch(1)), objective()(*batch(1))) == 0
 
 
-def _never() -> Any:
+def _never(*_: Any) -> Any:
     raise AssertionError

@@ -315,3 +315,4 @@ def test_convolution_is_causal_and_linear(length: int, rows: tuple[int, ...]) ->
     ]
     for actual, expected in zip(*results, strict=True):
         assert relative(actual, expected) < 1e-12
+    assert results[0][-1].untyped_storage().nbytes() == 8 * H

@@ -1,5 +1,6 @@
 """Throughput over batch size, in training and in generation: powers of two to saturation."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -72,6 +73,8 @@ def _until_saturated(config: BatchSettings, work: Callable[[int], tuple[Callable
             if not points:
                 raise
             break
+        del once
+        gc.collect()  # a recorded step is a cycle of references, and has memory of its own
         rate = samples / taken
         points.append((batch_size, rate))
         idle = 0 if rate > _GAIN * best else idle + 1

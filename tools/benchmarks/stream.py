@@ -16,7 +16,7 @@ from sashimi.audio import AudioConfig, Quantizer
 from sashimi.errors import InputError
 from sashimi.flac import read_flac
 from sashimi.shard_writer import write_split
-from sashimi.split import open_split
+from sashimi.split import forget_streams, open_split
 from sashimi.stream import DataConfig, train_batches
 
 RATE = 16_000
@@ -72,6 +72,7 @@ def compare(length: int, segments: int, repetitions: int) -> dict[str, float]:
         quantizer = Quantizer(AudioConfig(RATE))
 
         def ours() -> None:
+            forget_streams()  # what an epoch of many recordings leaves of the one before
             for _ in range(steps):
                 next(batches)
 
