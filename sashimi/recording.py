@@ -33,7 +33,7 @@ def record(
     objective.train()
     objective.forward = cast  # type: ignore[method-assign,assignment]
     try:
-        with _stream_of_now():
+        with _stream_of_now(inputs[0].device):
             torch.cuda.make_graphed_callables(objective, inputs)
     except torch.OutOfMemoryError:
         raise
@@ -60,6 +60,6 @@ def record(
                 parameter.register_hook(torch.clone)  # gradients are in such memory too
 
 
-def _stream_of_now() -> AbstractContextManager[None]:
+def _stream_of_now(device: torch.device) -> AbstractContextManager[None]:
     """After it the stream is what it was before, which a recording that is cut short does not see to."""
-    return torch.cuda.stream(torch.cuda.current_stream()) if torch.cuda.is_available() else nullcontext()
+    return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()
