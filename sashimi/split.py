@@ -39,7 +39,6 @@ class Split:
         self.sample_rate = sample_rate
         self.shards = shards
         self.shard_names = [shard.name for shard in shards]
-        self._shards = [folder / s.name if isinstance(folder, Path) else folder.file(s) for s in shards]
         self.checksums = [shard.sha256 for shard in shards]
         self.labels = labels
         self.index = np.asarray(index)  # each of a memmap's own fields and rows would be a memmap, which is slow
@@ -79,7 +78,8 @@ class Split:
         return name.rpartition("-")[0] if name.endswith(".flac") else f"number {recording}"
 
     def _shard(self, row: np.void) -> Path | RemoteFile:
-        return self._shards[row["shard"]]
+        entry = self.shards[row["shard"]]
+        return self.folder / entry.name if isinstance(self.folder, Path) else self.folder.file(entry)
 
 
 def open_split(place: str | Path | RemoteFolder, split: str, cache: str | None = None) -> Split:
