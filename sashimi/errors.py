@@ -9,6 +9,11 @@ class Unavailable(Exception):
     """Why an engine cannot run a model here; another can."""
 
 
+def first_reason(error: Exception) -> str:
+    """The first line of what went wrong first: a CUDA graph whose recording is cut short fails once more as it ends."""
+    return str(error.__context__ or error).partition("\n")[0]
+
+
 def one_line(text: str, longest: int = 1000) -> str:
     """`text` as one line that any terminal can show: control characters and broken Unicode escaped, its middle cut out.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sashimi.errors import Unavailable
+from sashimi.errors import Unavailable, first_reason
 from sashimi.layers import compile_steps
 from sashimi.model import Sashimi, SashimiState, map_states
 
@@ -122,9 +122,7 @@ def recorded(run: Callable[[], None], device: torch.device) -> Callable[[], None
                 run()
         torch.cuda.current_stream(device).wait_stream(stream)
     except RuntimeError as error:
-        cause = error.__context__ or error  # a recording that is cut short fails once more as it ends
-        reason, _, _ = str(cause).partition("\n")
-        raise Unavailable(f"no CUDA graph could be recorded: {reason}") from error
+        raise Unavailable(f"no CUDA graph could be recorded: {first_reason(error)}") from error
     return graph.replay
 
 
@@ -133,8 +131,7 @@ def _try(run: Callable[[], None]) -> None:
     try:
         run()
     except RuntimeError as error:
-        reason, _, _ = str(error).partition("\n")
-        raise Unavailable(f"its steps cannot be compiled: {reason}") from error
+        raise Unavailable(f"its steps cannot be compiled: {first_reason(error)}") from error
 
 
 def _frozen(model: Sashimi) -> Sashimi:

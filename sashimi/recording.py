@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from sashimi.errors import Unavailable
+from sashimi.errors import Unavailable, first_reason
 from sashimi.objective import Objective
 
 
@@ -39,9 +39,7 @@ def record(
         raise
     except RuntimeError as error:
         del objective.forward
-        cause = error.__context__ or error  # a recording that is cut short fails once more as it ends
-        reason, _, _ = str(cause).partition("\n")
-        raise Unavailable(f"no CUDA graph could be recorded: {reason}") from error
+        raise Unavailable(f"no CUDA graph could be recorded: {first_reason(error)}") from error
     replay = objective.forward
 
     def fresh(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

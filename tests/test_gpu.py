@@ -124,7 +124,10 @@ def test_nothing_waits_for_a_sample(settings: dict, record: bool) -> None:
 
 
 def test_a_recording_that_fails_harms_nothing() -> None:
-    """Its cause is named, the stream is what it was, and the next recording succeeds. Mutation: `str(error)`."""
+    """Its cause is named, the stream is what it was, and the next recording succeeds.
+
+    Mutation: in `first_reason`, `str(error)`.
+    """
     stream = torch.cuda.current_stream()
     with pytest.raises(Unavailable, match=r"^no CUDA graph could be recorded: .*captur"):
         recorded(lambda: torch.ones(1, device="cuda").item(), torch.device("cuda", 0))

@@ -140,15 +140,9 @@ def test_compiled_periods_are_the_plain_steps(monkeypatch: pytest.MonkeyPatch, t
         assert list(tmp_path.rglob("*.so"))  # which it has made before it is first called
         assert "step" not in vars(model.tier.layers[0])
         with torch.no_grad():
-            before = model.init_state(2)
             for parameter in model.parameters():
                 parameter.zero_()
-        inputs, state, made = silence(2), before, []
-        for piece in u.split(CALLS, dim=1):
-            ids, nats, state = engine(inputs, state, piece)
-            inputs = ids[:, -1]
-            made.append((ids, nats))
-    ids, nats = (torch.cat(pieces, dim=1) for pieces in zip(*made, strict=True))
+        ids, nats, _ = in_calls(engine, model_of("default", torch.float64), u, CALLS)
     assert torch.equal(ids, expected_ids)
     assert relative(nats, expected_nats) < 1e-9
 

@@ -204,11 +204,18 @@ def test_too_little_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fail(*_: Any) -> None:
-    raise RuntimeError("no CUDA\nand more")
+    """As a recording that is cut short, which fails once more as it ends."""
+    try:
+        raise RuntimeError("no CUDA\nand more")
+    finally:
+        raise RuntimeError("the recording was cut short")
 
 
 def test_what_cannot_be_recorded_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutation: in `record`, no `del objective.forward`."""
+    """And its first cause is named.
+
+    Mutations: in `record`, no `del objective.forward`; in `first_reason`, `str(error)`.
+    """
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", _fail)
     made = objective()
     with pytest.raises(Unavailable, match=r"^no CUDA graph could be recorded: no CUDA$"):
