@@ -141,8 +141,7 @@ class S4(nn.Module):
 
     def _scan(self, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
         r = self.recurrence()
-        # Of exactly this kind: A may be another matrix in a subclass.
-        if type(r) is ssm.Recurrence and u.device.type == "cpu" and native.is_available():
+        if _has_compiled_code(r):
             return native.scan(r, self.D, u, x)
         return scan(r.dense(), r.B, r.C, self.D, u, x)
 
@@ -185,4 +184,11 @@ def kernels(layers: Sequence[S4], length: int) -> list[Tensor | None]:
 def _kernel(name: str, recurrence: ssm.Recurrence, length: int) -> Tensor:
     if name == "vandermonde":
         return ssm.vandermonde_kernel(recurrence, length)
+    if _has_compiled_code(recurrence):
+        return native.kernel(recurrence, length)
     return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)
+
+
+def _has_compiled_code(recurrence: ssm.Recurrence) -> bool:
+    """If it is of exactly this kind: A may be another matrix in a subclass."""
+    return type(recurrence) is ssm.Recurrence and recurrence.B.device.type == "cpu" and native.is_available()

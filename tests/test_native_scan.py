@@ -67,13 +67,36 @@ def test_it_is_the_recurrence(length: int, kind: str) -> None:
         assert relative(actual, expected) < 1e-11
 
 
-@pytest.mark.parametrize("length", [3839, 3840, 3841, 8000])
-def test_blocks_of_chunks_follow_each_other(length: int) -> None:
-    """As in scan.py, from silence; a block is 60 chunks of 64. Mutation: in `block` of Backward, no `std::copy`."""
+@pytest.mark.parametrize(("length", "batch"), [(3839, 2), (3840, 2), (3841, 2), (8000, 2), (3841, 13)])
+def test_blocks_of_chunks_follow_each_other(length: int, batch: int) -> None:
+    """As in scan.py, from silence; a block is 60 chunks of 64, of up to six signals.
+
+    Mutations, in scan.cpp: in `block` of Backward, no `std::copy_n`; in `backward`, no `std::fill`.
+    """
     s4 = layer(2, 64)
-    u, _ = signal(s4, 2, length)
+    u, _ = signal(s4, batch, length)
     for actual, expected in zip(all_of(s4, u, None, True), all_of(s4, u, None, False), strict=True):
         assert relative(actual, expected) < 1e-11
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 2, 64, 65, 66, 200, 3900])
+def test_its_kernel_is_the_powers(length: int, kind: str) -> None:
+    """Law 1, and the gradients.
+
+    Mutations, in scan.py: in `kernel`, `length - 1` -> `length`; in scan.cpp: in `block` of Forward, `u != nullptr` ->
+    `true`; in `block` of Backward, no `if (!u) continue`.
+    """
+    s4 = layer(3, 6, kind)
+    r = s4.recurrence()
+    expected = ssm.naive_kernel(r.dense(), r.B, r.C, length)
+    actual = native.kernel(s4.recurrence(), length)
+    assert relative(actual, expected) < 1e-10
+    weights = torch.linspace(1, 2, length, dtype=torch.float64)
+    inputs = [part for name, part in s4.named_parameters() if name != "D"]
+    results = [torch.autograd.grad((kernel * weights).sum(), inputs) for kernel in (actual, expected)]
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other) < 1e-9
 
 
 def test_it_continues() -> None:
@@ -122,8 +145,8 @@ def test_it_is_near_in_float32(dt: float) -> None:
 
 
 def test_any_number_of_threads() -> None:
-    """Gives the same bits. Mutation: in `for_groups`, `first += size` -> `first += GROUP`."""
-    s4 = layer(70, 8, dtype=torch.float32)
+    """Gives the same bits. Mutation: in `for_channels`, `h < H` -> `h < H / threads * threads`."""
+    s4 = layer(71, 8, dtype=torch.float32)
     u, x = signal(s4, 2, 5000)
     before, results = torch.get_num_threads(), []
     try:
@@ -143,11 +166,11 @@ def test_too_little_memory_is_an_error() -> None:
         "from sashimi.native.scan import scan\n"
         "from sashimi.ssm import Recurrence\n"
         "torch.set_num_threads(1)\n"
-        "def of(H): return Recurrence(*(torch.zeros(H, n) for n in (1024, 1024, 2048, 2048, 2048, 2048)))\n"
-        "scan(of(1), torch.zeros(1), torch.zeros(1, 1, 1))\n"
+        "def of(H, N): return Recurrence(*(torch.zeros(H, n) for n in (N // 2, N // 2, N, N, N, N)))\n"
+        "scan(of(1, 32), torch.zeros(1), torch.zeros(1, 1, 1))\n"
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)\n"
-        "try: scan(of(16), torch.zeros(16), torch.zeros(1, 1, 16))\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (10 << 20),) * 2)\n"
+        "try: scan(of(16, 2048), torch.zeros(16), torch.zeros(1, 1, 16))\n"
         "except MemoryError as error: print(error)\n"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -155,7 +178,7 @@ def test_too_little_memory_is_an_error() -> None:
 
 
 def test_layers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPUs, with and without a state. Mutation: in S4._scan, `if False`."""
+    """On CPUs, with and without a state, and for a kernel. Mutation: in S4._scan or s4._kernel, `if False`."""
     s4 = layer(4, 8)
     u, _ = signal(s4, 1, 10)
     taken = []
@@ -169,6 +192,8 @@ def test_layers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     s4(u)
     s4(u, s4.init_state(1))
     assert len(taken) == 2
+    monkeypatch.setattr(native, "kernel", lambda *arguments: arguments)
+    assert s4.kernel(10)[1] == 10
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL:
         raise Unavailable("there is no C++ compiler")
     try:
         about = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-        key = hashlib.sha256(b"\0".join((source.read_bytes(), " ".join(flags).encode(), about, _cpu()))).hexdigest()
+        texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+        key = hashlib.sha256(b"\0".join((*texts, " ".join(flags).encode(), about, _cpu()))).hexdigest()
         target = Path.home() / ".cache" / "sashimi" / f"{name}-{key[:16]}.so"
         with suppress(OSError):
             return ctypes.CDLL(str(target))

@@ -10,91 +10,14 @@
 // is one product, where squaring A would take six.
 //
 // Shapes: B batch, L samples, H channels, N real states, [real parts, imaginary parts], each half padded with zeros to
-// whole vectors; chunks of T samples, n of them a signal. Matrices are row-major.
+// whole vectors; chunks of T samples, n of them a signal. Signals here are (H, B, n T), and their ends beyond L zero.
 
-#include <algorithm>
-#include <cstdint>
-#include <new>
-#include <vector>
+#include "products.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int BYTES = 64, COLUMNS = 4;
-#elif defined(__AVX__)
-constexpr int BYTES = 32, COLUMNS = 2;
-#elif defined(__aarch64__)
-constexpr int BYTES = 16, COLUMNS = 4;
-#else
-constexpr int BYTES = 16, COLUMNS = 2;
-#endif
-constexpr int ROWS = 6;        // of a tile of a product, COLUMNS vectors wide: what fits in registers
 constexpr int64_t T = 64;      // samples of a chunk
 constexpr int64_t BLOCK = 60;  // chunks at a time, which with all that comes of them stay in the nearer caches
-constexpr int64_t GROUP = 16;  // channels that are read and written together, at most: of float, a line of the cache
-
-template <class F> struct Vector {
-    typedef F V __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias));
-    static constexpr int64_t W = BYTES / sizeof(F);
-};
-
-template <class F> typename Vector<F>::V& at(F* x) { return *(typename Vector<F>::V*)x; }
-template <class F> const typename Vector<F>::V& at(const F* x) { return *(const typename Vector<F>::V*)x; }
-
-// --- products ------------------------------------------------------------------------------------------------------
-
-template <class F, int R, int Q>
-inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
-                 bool add) {
-    using V = typename Vector<F>::V;
-    constexpr int64_t W = Vector<F>::W;
-    V sum[R][Q];
-    for (int r = 0; r < R; r++)
-        for (int q = 0; q < Q; q++) sum[r][q] = add ? at(C + r * ldc + q * W) : V{};
-    for (int64_t i = 0; i < k; i++) {
-        V b[Q];
-        for (int q = 0; q < Q; q++) b[q] = at(B + i * ldb + q * W);
-        for (int r = 0; r < R; r++) {
-            const F a = A[r * row + i * col];
-            for (int q = 0; q < Q; q++) sum[r][q] += a * b[q];
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int q = 0; q < Q; q++) at(C + r * ldc + q * W) = sum[r][q];
-}
-
-template <class F, int R>
-void tiles(int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
-           bool add) {
-    constexpr int64_t W = Vector<F>::W;
-    int64_t j = 0;
-    for (; j + COLUMNS * W <= n; j += COLUMNS * W) tile<F, R, COLUMNS>(k, A, row, col, B + j, ldb, C + j, ldc, add);
-    for (; j < n; j += W) tile<F, R, 1>(k, A, row, col, B + j, ldb, C + j, ldc, add);
-}
-
-// C = A B, or C += A B. A (m, k) lies by strides `row` and `col`; of B (k, n) and C (m, n) each row is contiguous, and
-// n is a number of whole vectors.
-template <class F>
-void multiply(int64_t m, int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C,
-              int64_t ldc, bool add) {
-    for (; m >= ROWS; m -= ROWS, A += ROWS * row, C += ROWS * ldc)
-        tiles<F, ROWS>(n, k, A, row, col, B, ldb, C, ldc, add);
-    for (; m > 0; m--, A += row, C += ldc) tiles<F, 1>(n, k, A, row, col, B, ldb, C, ldc, add);
-}
-
-template <class F> F dot(const F* x, const F* y, int64_t n) {
-    typename Vector<F>::V products{};
-    for (int64_t i = 0; i < n; i += Vector<F>::W) products += at(x + i) * at(y + i);
-    F sum = 0;
-    for (int64_t i = 0; i < Vector<F>::W; i++) sum += products[i];
-    return sum;
-}
-
-// x (m, n), whose rows begin `row` apart -> y (n, m).
-template <class F> void transpose(const F* x, int64_t m, int64_t n, int64_t row, F* y) {
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t j = 0; j < n; j++) y[j * m + i] = x[i * row + j];
-}
 
 // --- one channel ---------------------------------------------------------------------------------------------------
 
@@ -103,7 +26,7 @@ template <class F> struct System {
     using V = typename Vector<F>::V;
     static constexpr int64_t W = Vector<F>::W;
     int64_t P;  // modes: N/2, padded
-    std::vector<F> re, im, a, b;
+    Numbers<F> re, im, a, b;
 
     explicit System(int64_t P) : P(P), re(P), im(P), a(2 * P), b(2 * P) {}
 
@@ -136,9 +59,9 @@ template <class F> struct System {
 // A channel's matrices, made from its parameters.
 template <class F> struct Channel {
     int64_t P, N;
-    System<F> system, transposed, diagonal;     // diagonal: `transposed` without a and b
-    std::vector<F> C, cols, outs, reach, feed;  // (N), then (T, N): A^j B, C A^(j+1), −A^j a, b rotation(decay)^j
-    std::vector<F> kernel, M;                   // (T), K with D in its first place; (N, N)
+    System<F> system, transposed, diagonal;  // diagonal: `transposed` without a and b
+    Numbers<F> C, cols, outs, reach, feed;   // (N), then (T, N): A^j B, C A^(j+1), −A^j a, b rotation(decay)^j
+    Numbers<F> kernel, M;                    // (T), K with D in its first place; (N, N)
 
     // parameters: decay's real and imaginary parts, a, b, B, C, D: 5 N + 1.
     Channel(const F* p, int64_t P)
@@ -178,10 +101,13 @@ template <class F> struct Channel {
         multiply<F>(N, N, T, &feed[(T - 1) * N], 1, -N, &reach[0], N, &M[0], N, true);
     }
 
-    // direct (T, T): u direct is the part of a chunk's output that its own samples make.
-    std::vector<F> toeplitz() const {
-        std::vector<F> matrix(T * T);
-        for (int64_t i = 0; i < T; i++) std::copy_n(&kernel[0], T - i, &matrix[i * T + i]);
+    // direct (T, T): u direct is the part of a chunk's output that its own samples make. Or its transpose.
+    Numbers<F> toeplitz(bool transposed) const {
+        Numbers<F> matrix(T * T), band(2 * T);
+        if (transposed) std::reverse_copy(kernel.begin(), kernel.end(), band.begin());
+        else std::copy(kernel.begin(), kernel.end(), band.begin() + T);
+        const F* first = &band[transposed ? T - 1 : T];
+        for (int64_t i = 0; i < T; i++) std::copy_n(first - i, T, &matrix[i * T]);
         return matrix;
     }
 };
@@ -189,18 +115,23 @@ template <class F> struct Channel {
 // What runs forward over a channel's signals, a block of chunks at a time.
 template <class F> struct Forward : Channel<F> {
     using Channel<F>::N;
-    std::vector<F> outs_T, direct;
+    Numbers<F> outs_T, direct;
 
-    Forward(const F* p, int64_t P) : Channel<F>(p, P), outs_T(N * T), direct(this->toeplitz()) {
-        transpose(&this->outs[0], T, N, N, &outs_T[0]);
+    Forward(const F* p, int64_t P) : Channel<F>(p, P), outs_T(N * T), direct(this->toeplitz(false)) {
+        transpose(&this->outs[0], T, N, N, &outs_T[0], T);
     }
 
-    // y (m, T) from u (m, T) and the state before, states[0], to which those after each chunk are added: (m + 1, N).
-    void block(int64_t m, const F* u, F* states, F* y) const {
-        multiply<F>(m, N, T, u, T, 1, &this->cols[(T - 1) * N], -N, states + N, N, false);
-        for (F* x = states; x < states + m * N; x += N) multiply<F>(1, N, N, x, N, 1, &this->M[0], N, x + N, N, true);
-        multiply<F>(m, T, T, u, T, 1, &direct[0], T, y, T, false);
-        multiply<F>(m, T, N, states, N, 1, &outs_T[0], T, y, T, true);
+    // y (B, m, T) from u (B, m, T), or from silence, and the state before each signal, states (B, m + 1, N), where those
+    // after each chunk follow it. Signals begin `length` apart, their states `size`.
+    void block(int64_t B, int64_t m, int64_t length, int64_t size, const F* u, F* states, F* y) const {
+        for (int64_t b = 0; u && b < B; b++)
+            multiply<F>(m, N, T, u + b * length, T, 1, &this->cols[(T - 1) * N], -N, states + b * size + N, N, false);
+        for (F* x = states; x < states + m * N; x += N)
+            multiply<F>(B, N, N, x, size, 1, &this->M[0], N, x + N, size, u != nullptr);
+        for (int64_t b = 0; b < B; b++) {
+            if (u) multiply<F>(m, T, T, u + b * length, T, 1, &direct[0], T, y + b * length, T, false);
+            multiply<F>(m, T, N, states + b * size, N, 1, &outs_T[0], T, y + b * length, T, u != nullptr);
+        }
     }
 };
 
@@ -208,36 +139,43 @@ template <class F> struct Forward : Channel<F> {
 template <class F> struct Backward : Channel<F> {
     using Channel<F>::N;
     using Channel<F>::P;
-    std::vector<F> M_T, cols_T, direct_T;          // transposed; of cols the last row first
-    std::vector<F> d_M, d_cols, d_outs, d_direct;  // of cols the last row first
-    std::vector<F> d_states;                       // (BLOCK + 1, N): before each chunk of a block, and after the last
+    Numbers<F> M_T, cols_T, direct_T;          // transposed; of cols the last row first
+    Numbers<F> d_M, d_cols, d_outs, d_direct;  // of cols the last row first
+    Numbers<F> d_states;                       // (ROWS, BLOCK + 1, N): before each chunk of a block, and after the last
 
     Backward(const F* p, int64_t P)
-        : Channel<F>(p, P), M_T(N * N), cols_T(N * T), direct_T(T * T), d_M(N * N), d_cols(T * N), d_outs(T * N),
-          d_direct(T * T), d_states((BLOCK + 1) * N) {
-        transpose(&this->M[0], N, N, N, &M_T[0]);
-        transpose(&this->cols[(T - 1) * N], T, N, -N, &cols_T[0]);
-        transpose(&this->toeplitz()[0], T, T, T, &direct_T[0]);
+        : Channel<F>(p, P), M_T(N * N), cols_T(N * T), direct_T(this->toeplitz(true)), d_M(N * N), d_cols(T * N),
+          d_outs(T * N), d_direct(T * T), d_states(ROWS * (BLOCK + 1) * N) {
+        transpose(&this->M[0], N, N, N, &M_T[0], N);
+        transpose(&this->cols[(T - 1) * N], T, N, -N, &cols_T[0], T);
     }
 
-    // d_u (m, T) from d_y (m, T), u (m, T), states (m, N), and what d_states begins with of the block that follows.
-    void block(int64_t m, const F* u, const F* states, const F* d_y, F* d_u) {
+    // d_u (B, m, T) from d_y (B, m, T), u (B, m, T), both of them or neither, states (B, m, N), and what d_states begins
+    // with of the block that follows.
+    void block(int64_t B, int64_t m, int64_t length, int64_t size, const F* u, const F* states, const F* d_y, F* d_u) {
+        const int64_t own = (BLOCK + 1) * N;
         F *d = &d_states[0], *after = d + N;
-        std::copy(d, d + N, d + m * N);
-        multiply<F>(m, N, T, d_y, T, 1, &this->outs[0], N, d, N, false);
-        for (int64_t k = m - 1; k >= 0; k--) multiply<F>(1, N, N, after + k * N, N, 1, &M_T[0], N, d + k * N, N, true);
-        multiply<F>(m, T, T, d_y, T, 1, &direct_T[0], T, d_u, T, false);
-        multiply<F>(m, T, N, after, N, 1, &cols_T[0], T, d_u, T, true);
-        multiply<F>(N, N, m, states, 1, N, after, N, &d_M[0], N, true);
-        multiply<F>(T, N, m, u, 1, T, after, N, &d_cols[0], N, true);
-        multiply<F>(T, N, m, d_y, 1, T, states, N, &d_outs[0], N, true);
-        multiply<F>(T, T, m, u, 1, T, d_y, T, &d_direct[0], T, true);
+        for (int64_t b = 0; b < B; b++) {
+            std::copy_n(d + b * own, N, d + b * own + m * N);
+            multiply<F>(m, N, T, d_y + b * length, T, 1, &this->outs[0], N, d + b * own, N, false);
+        }
+        for (int64_t k = (m - 1) * N; k >= 0; k -= N)
+            multiply<F>(B, N, N, after + k, own, 1, &M_T[0], N, d + k, own, true);
+        for (int64_t b = 0; b < B; b++, d_y += length, states += size, after += own) {
+            multiply<F>(N, N, m, states, 1, N, after, N, &d_M[0], N, true);
+            multiply<F>(T, N, m, d_y, 1, T, states, N, &d_outs[0], N, true);
+            if (!u) continue;
+            multiply<F>(m, T, T, d_y, T, 1, &direct_T[0], T, d_u + b * length, T, false);
+            multiply<F>(m, T, N, after, N, 1, &cols_T[0], T, d_u + b * length, T, true);
+            multiply<F>(T, N, m, u + b * length, 1, T, after, N, &d_cols[0], N, true);
+            multiply<F>(T, T, m, u + b * length, 1, T, d_y, T, &d_direct[0], T, true);
+        }
     }
 
     // The parameters' gradients, as the parameters lie. Once, at the end.
     void parameters(F* p) {
         System<F> d(P), d_transposed(P), d_diagonal(P);
-        std::vector<F> d_C(N), d_reach(T * N), d_feed(T * N), d_M_T(N * N), d_powers(T * N);
+        Numbers<F> d_C(N), d_reach(T * N), d_feed(T * N), d_M_T(N * N), d_powers(T * N);
         for (int64_t l = 0; l < T; l++) {
             F d_kernel = 0;
             for (int64_t i = 0; i + l < T; i++) d_kernel += d_direct[i * T + i + l];
@@ -248,7 +186,7 @@ template <class F> struct Backward : Channel<F> {
             }
         }
         multiply<F>(T, N, N, &this->feed[(T - 1) * N], -N, 1, &d_M[0], N, &d_reach[0], N, false);
-        transpose(&d_M[0], N, N, N, &d_M_T[0]);
+        transpose(&d_M[0], N, N, N, &d_M_T[0], N);
         multiply<F>(T, N, N, &this->reach[0], N, 1, &d_M_T[0], N, &d_feed[(T - 1) * N], -N, false);
         for (int64_t j = (T - 2) * N; j >= 0; j -= N) {
             this->system.step_gradient(&this->cols[j], &d_powers[j + N], &d_powers[j], d);
@@ -281,30 +219,38 @@ template <class F> struct Backward : Channel<F> {
 
 // --- all channels --------------------------------------------------------------------------------------------------
 
-constexpr int64_t TILE = BLOCK * T;  // samples of a block
+constexpr int64_t LINE = 16;    // of float, a line of the cache
+constexpr int64_t STRIP = 256;  // samples of a signal that are copied at a time
 
-// `count` samples of some channels from or to (L, H), for or of a block: each (TILE) by itself, filled up with zeros.
-template <class F> void gather(const F* x, int64_t H, int64_t channels, int64_t count, F* tile) {
-    for (int64_t first = 0; first < count; first += GROUP)
-        for (int64_t h = 0; h < channels; h++)
-            for (int64_t t = first; t < std::min(first + GROUP, count); t++) tile[h * TILE + t] = x[t * H + h];
-    for (int64_t h = 0; h < channels; h++) std::fill(tile + h * TILE + count, tile + (h + 1) * TILE, 0);
+// (B, L, H) -> (H, B, n T), and back.
+template <class F> void to_signals(int64_t B, int64_t L, int64_t H, int64_t threads, const F* x, F* y) {
+    const int64_t length = (L + T - 1) / T * T;
+#pragma omp parallel for num_threads(threads) collapse(2)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t first = 0; first < length; first += STRIP) {
+            for (int64_t t = first; t < std::min(first + STRIP, L); t += LINE)
+                transpose(x + (b * L + t) * H, std::min(LINE, L - t), H, H, y + b * length + t, B * length);
+            for (int64_t h = 0; h < H && first + STRIP >= length; h++)
+                std::fill(y + (h * B + b) * length + L, y + (h * B + b + 1) * length, 0);
+        }
 }
-template <class F> void scatter(const F* tile, int64_t H, int64_t channels, int64_t count, F* x) {
-    for (int64_t first = 0; first < count; first += GROUP)
-        for (int64_t t = first; t < std::min(first + GROUP, count); t++)
-            for (int64_t h = 0; h < channels; h++) x[t * H + h] = tile[h * TILE + t];
+template <class F> void from_signals(int64_t B, int64_t L, int64_t H, int64_t threads, const F* x, F* y) {
+    const int64_t length = (L + T - 1) / T * T;
+#pragma omp parallel for num_threads(threads) collapse(2)
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t t = 0; t < L; t += STRIP)
+            for (int64_t h = 0; h < H; h += LINE)
+                transpose(x + (h * B + b) * length + t, std::min(LINE, H - h), std::min(STRIP, L - t), B * length,
+                          y + (b * L + t) * H + h, H);
 }
 
-// Does each group of channels, on any thread; each thread has some, if there are enough. Returns whether there was
-// memory for all of them.
-template <class Do> int for_groups(int64_t H, int64_t threads, Do group) {
-    const int64_t size = std::min((H + threads - 1) / threads, GROUP);
+// Does each channel, on any thread. Returns whether there was memory for all of them.
+template <class Do> int for_channels(int64_t H, int64_t threads, Do channel) {
     int whole = 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(min : whole)
-    for (int64_t first = 0; first < H; first += size) {
+    for (int64_t h = 0; h < H; h++) {
         try {
-            group(first, std::min(size, H - first));
+            channel(h);
         } catch (const std::bad_alloc&) {
             whole = 0;
         }
@@ -312,70 +258,56 @@ template <class Do> int for_groups(int64_t H, int64_t threads, Do group) {
     return whole;
 }
 
-// params (H, 5 N + 1), u (B, L, H), x (B, H, N) -> states (H, B, n + 1, N), y (B, L, H), last (B, H, N).
+// params (H, 5 N + 1), u or null, x (B, H, N) -> states (H, B, n + 1, N), y, and with u last (B, H, N).
 template <class F>
 int forward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F* params, const F* u, const F* x,
             F* states, F* y, F* last) {
-    const int64_t N = 2 * P, n = (L + T - 1) / T;
-    return for_groups(H, threads, [=](int64_t group, int64_t channels) {
-        std::vector<Forward<F>> all;
-        for (int64_t h = group; h < group + channels; h++) all.emplace_back(params + h * (5 * N + 1), P);
-        std::vector<F> input(channels * TILE), output(channels * TILE);
-        for (int64_t b = 0; b < B; b++) {
-            for (int64_t first = 0; first < n; first += BLOCK) {
-                const int64_t m = std::min(n - first, BLOCK), count = std::min(TILE, L - first * T);
-                const int64_t place = (b * L + first * T) * H + group;
-                gather(u + place, H, channels, count, &input[0]);
-                for (int64_t h = 0; h < channels; h++) {
-                    F* own = states + (((group + h) * B + b) * (n + 1) + first) * N;
-                    if (first == 0) std::copy(x + (b * H + group + h) * N, x + (b * H + group + h + 1) * N, own);
-                    all[h].block(m, &input[h * TILE], own, &output[h * TILE]);
-                }
-                scatter(&output[0], H, channels, count, y + place);
+    const int64_t N = 2 * P, n = (L + T - 1) / T, length = n * T, size = (n + 1) * N;
+    return for_channels(H, threads, [=](int64_t h) {
+        const Forward<F> channel(params + h * (5 * N + 1), P);
+        for (int64_t b = 0; b < B; b++) std::copy_n(x + (b * H + h) * N, N, states + (h * B + b) * size);
+        for (int64_t b = 0; b < B; b += ROWS) {
+            const int64_t place = (h * B + b) * length, state = (h * B + b) * size;
+            for (int64_t k = 0; k < n; k += BLOCK)
+                channel.block(std::min<int64_t>(ROWS, B - b), std::min(BLOCK, n - k), length, size,
+                              u ? u + place + k * T : nullptr, states + state + k * N, y + place + k * T);
+        }
+        // The last chunk may be filled up: from the last whole one on, sample by sample.
+        for (int64_t b = 0; u && b < B; b++) {
+            const F* end = states + (h * B + b) * size + L / T * N;
+            Numbers<F> state(end, end + N), next(N);
+            for (int64_t t = L / T * T; t < L; t++, std::swap(state, next)) {
+                channel.system.step(&state[0], &next[0]);
+                for (int64_t i = 0; i < N; i++) next[i] += channel.cols[i] * u[(h * B + b) * length + t];
             }
-            // The last chunk may be filled up: from the last whole one on, sample by sample.
-            for (int64_t h = 0; h < channels; h++) {
-                const F* own = states + (((group + h) * B + b) * (n + 1) + L / T) * N;
-                std::vector<F> state(own, own + N), next(N);
-                for (int64_t t = L / T * T; t < L; t++, std::swap(state, next)) {
-                    all[h].system.step(&state[0], &next[0]);
-                    for (int64_t i = 0; i < N; i++) next[i] += all[h].cols[i] * u[(b * L + t) * H + group + h];
-                }
-                std::copy(state.begin(), state.end(), last + (b * H + group + h) * N);
-            }
+            std::copy(state.begin(), state.end(), last + (b * H + h) * N);
         }
     });
 }
 
-// And d_y (B, L, H) -> d_u (B, L, H), d_x (B, H, N), d_params (H, 5 N + 1).
+// And d_y -> d_u, if there is u, d_x (B, H, N), d_params (H, 5 N + 1).
 template <class F>
 int backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F* params, const F* u, const F* states,
              const F* d_y, F* d_u, F* d_x, F* d_params) {
-    const int64_t N = 2 * P, n = (L + T - 1) / T;
-    return for_groups(H, threads, [=](int64_t group, int64_t channels) {
-        std::vector<Backward<F>> all;
-        for (int64_t h = group; h < group + channels; h++) all.emplace_back(params + h * (5 * N + 1), P);
-        std::vector<F> input(channels * TILE), gradient(channels * TILE), output(channels * TILE);
-        for (int64_t b = 0; b < B; b++) {
-            for (Backward<F>& channel : all) std::fill_n(channel.d_states.begin(), N, 0);
-            for (int64_t first = (n - 1) / BLOCK * BLOCK; first >= 0; first -= BLOCK) {
-                const int64_t m = std::min(n - first, BLOCK), count = std::min(TILE, L - first * T);
-                const int64_t place = (b * L + first * T) * H + group;
-                gather(u + place, H, channels, count, &input[0]);
-                gather(d_y + place, H, channels, count, &gradient[0]);
-                for (int64_t h = 0; h < channels; h++)
-                    all[h].block(m, &input[h * TILE], states + (((group + h) * B + b) * (n + 1) + first) * N,
-                                 &gradient[h * TILE], &output[h * TILE]);
-                scatter(&output[0], H, channels, count, d_u + place);
-            }
-            for (int64_t h = 0; h < channels; h++) std::copy_n(&all[h].d_states[0], N, d_x + (b * H + group + h) * N);
+    const int64_t N = 2 * P, n = (L + T - 1) / T, length = n * T, size = (n + 1) * N;
+    return for_channels(H, threads, [=](int64_t h) {
+        Backward<F> channel(params + h * (5 * N + 1), P);
+        for (int64_t b = 0; b < B; b += ROWS) {
+            const int64_t rows = std::min<int64_t>(ROWS, B - b), place = (h * B + b) * length;
+            std::fill(channel.d_states.begin(), channel.d_states.end(), 0);
+            for (int64_t k = (n - 1) / BLOCK * BLOCK; k >= 0; k -= BLOCK)
+                channel.block(rows, std::min(BLOCK, n - k), length, size, u ? u + place + k * T : nullptr,
+                              states + (h * B + b) * size + k * N, d_y + place + k * T, u ? d_u + place + k * T : nullptr);
+            for (int64_t r = 0; r < rows; r++)
+                std::copy_n(&channel.d_states[r * (BLOCK + 1) * N], N, d_x + ((b + r) * H + h) * N);
         }
-        for (int64_t h = 0; h < channels; h++) all[h].parameters(d_params + (group + h) * (5 * N + 1));
+        channel.parameters(d_params + h * (5 * N + 1));
     });
 }
 
 }  // namespace
 
+#define SIGNALS(F) int64_t B, int64_t L, int64_t H, int64_t threads, const F *x, F *y
 #define FORWARD(F) \
     int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const F *params, const F *u, const F *x, F *states, \
         F *y, F *last
@@ -385,6 +317,10 @@ int backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const 
 
 extern "C" {
 int64_t vector_bytes() { return BYTES; }
+void to_signals_float(SIGNALS(float)) { to_signals(B, L, H, threads, x, y); }
+void to_signals_double(SIGNALS(double)) { to_signals(B, L, H, threads, x, y); }
+void from_signals_float(SIGNALS(float)) { from_signals(B, L, H, threads, x, y); }
+void from_signals_double(SIGNALS(double)) { from_signals(B, L, H, threads, x, y); }
 int forward_float(FORWARD(float)) { return forward(B, L, H, P, threads, params, u, x, states, y, last); }
 int forward_double(FORWARD(double)) { return forward(B, L, H, P, threads, params, u, x, states, y, last); }
 int backward_float(BACKWARD(float)) {

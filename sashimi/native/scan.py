@@ -1,11 +1,13 @@
 """`scan.scan` in compiled code (scan.cpp), on CPUs, for systems that are diagonal or diagonal plus rank one.
 
 Shapes: **B** batch, **L** samples, **H** channels, **N** real state size, **P** modes: N/2, padded to whole vectors.
+Signals in compiled code are (H, B, M), M being L rounded up to whole chunks, so that each is read in one piece.
 """
 
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,33 +45,47 @@ def scan(system: Recurrence, D: Tensor, u: Tensor, x: Tensor | None = None) -> t
     D (H,), u (B, L, H), x (B, H, N) or None for zeros -> y (B, L, H) and the state after, which has no gradient, or
     None. Every bit is the same for any number of threads. Raises MemoryError.
     """
-    H, N = system.C.shape
-    padding = -(N // 2) % _vector(u.dtype)
-
-    def padded(halves: Tensor) -> Tensor:
-        return F.pad(halves.unflatten(-1, (2, -1)), (0, padding)).flatten(-2) if padding else halves
-
-    zeros = torch.zeros_like(system.C)
-    decay = torch.cat((system.decay_real, system.decay_imag), dim=-1)
-    vectors = (decay, *(zeros if v is None else v for v in (system.a, system.b)), system.B, system.C)
-    parameters = torch.cat([*(padded(vector) for vector in vectors), D.unsqueeze(-1)], dim=-1)
-    before = u.new_zeros(len(u), H, N + 2 * padding) if x is None else padded(x)
+    parameters = _parameters(system, D)
+    before = u.new_zeros(len(u), len(D), len(parameters[0]) // 5) if x is None else _padded(x)
     y, after = Scan.apply(parameters, u, before)
     if x is None:
         return y, None
-    return y, after.unflatten(-1, (2, -1))[..., : N // 2].flatten(-2)
+    return y, after.unflatten(-1, (2, -1))[..., : x.shape[-1] // 2].flatten(-2)
+
+
+def kernel(system: Recurrence, length: int) -> Tensor:
+    """K_l = C A^l B for l < length, (H, length), on a CPU, in float32 or float64: what the states from B on give.
+
+    C and B as they are give the first, and each state after B the next. Raises MemoryError.
+    """
+    first = (system.C * system.B).sum(-1, keepdim=True)
+    if length == 1:
+        return first
+    parameters = _parameters(system, torch.zeros_like(first[:, 0]))
+    return torch.cat((first, Response.apply(parameters, _padded(system.B), length - 1)), dim=-1)
+
+
+def _parameters(system: Recurrence, D: Tensor) -> Tensor:
+    """(H, 10 P + 1): of a channel A's decay, a and b, then B, C, each (2 P), and D."""
+    zeros = torch.zeros_like(system.C)
+    decay = torch.cat((system.decay_real, system.decay_imag), dim=-1)
+    vectors = (decay, *(zeros if v is None else v for v in (system.a, system.b)), system.B, system.C)
+    return torch.cat([*map(_padded, vectors), D.unsqueeze(-1)], dim=-1)
+
+
+def _padded(halves: Tensor) -> Tensor:
+    """(..., N), real and imaginary parts, -> (..., 2 P)."""
+    padding = -(halves.shape[-1] // 2) % _vector(halves.dtype)
+    return F.pad(halves.unflatten(-1, (2, -1)), (0, padding)).flatten(-2) if padding else halves
 
 
 class Scan(torch.autograd.Function):
-    """parameters (H, 10 P + 1), u (B, L, H), x (B, H, 2 P) -> y (B, L, H) and the state after, (B, H, 2 P).
-
-    A channel's parameters are A's decay, a and b, then B, C, each (2 P), and D.
-    """
+    """parameters (H, 10 P + 1), u (B, L, H), x (B, H, 2 P) -> y (B, L, H) and the state after, (B, H, 2 P)."""
 
     @staticmethod
     def forward(ctx: Any, parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, after, states = _forward(parameters, u, x)
-        ctx.save_for_backward(parameters, u, states)
+        y, after, signals, states = _forward(parameters, u, x)
+        ctx.save_for_backward(parameters, signals, states)
         ctx.mark_non_differentiable(after)
         return y, after
 
@@ -77,6 +93,21 @@ class Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         return _backward(*ctx.saved_tensors, d_y)
+
+
+class Response(torch.autograd.Function):
+    """y_l = C A^{l+1} x for l < length. parameters (H, 10 P + 1), x (H, 2 P) -> (H, length)."""
+
+    @staticmethod
+    def forward(ctx: Any, parameters: Tensor, x: Tensor, length: int) -> Tensor:
+        y, states = _response(parameters, x, length)
+        ctx.save_for_backward(parameters, states)
+        return y[:, :length]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        return *_response_backward(*ctx.saved_tensors, F.pad(d_y, (0, -d_y.shape[-1] % CHUNK))), None
 
 
 def _library() -> ctypes.CDLL:
@@ -89,45 +120,86 @@ def _vector(dtype: torch.dtype) -> int:
     return _library().vector_bytes() // dtype.itemsize
 
 
-def _call(name: str, u: Tensor, states: Tensor, *tensors: Tensor) -> None:
-    """A function of scan.cpp, for these sizes."""
-    (B, L, H), N = u.shape, states.shape[-1]
-    assert all(tensor.dtype == u.dtype and tensor.is_contiguous() for tensor in tensors)
-    call = getattr(_library(), f"{name}_{_NAMES[u.dtype]}")
-    sizes = map(ctypes.c_int64, (B, L, H, N // 2, torch.get_num_threads()))
-    if not call(*sizes, *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)):
-        raise MemoryError(f"{name} of a state space of {H} channels and {N} states")
+def _function(name: str, *tensors: Tensor | None) -> Callable[..., int]:
+    """One of scan.cpp, for these tensors: of their sizes, and after those their places."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    assert all(tensor.dtype == given[0].dtype and tensor.is_contiguous() for tensor in given)
+    places = [ctypes.c_void_p(tensor if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    function = getattr(_library(), f"{name}_{_NAMES[given[0].dtype]}")
+    return lambda *sizes: function(*map(ctypes.c_int64, (*sizes, torch.get_num_threads())), *places)
+
+
+def _run(direction: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
+    """The recurrence, "forward" or "backward"; sizes are B, L, H and P."""
+    if not _function(direction, *tensors)(*sizes):
+        raise MemoryError(f"{direction} of a state space of {sizes[2]} channels and {2 * sizes[3]} states")
 
 
 @torch.library.custom_op("sashimi::scan", mutates_args=(), device_types="cpu")
-def _forward(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters, u, x = parameters.contiguous(), u.contiguous(), x.contiguous()
     (B, L, H), N = u.shape, x.shape[-1]
     assert L >= 1
     assert x.shape == (B, H, N)
     assert parameters.shape == (H, 5 * N + 1)
-    y, after, states = _forward_shapes(parameters, u, x)
-    _call("forward", u, states, parameters, u, x, states, y, after)
-    return y, after, states
+    y, after, signals, states = _forward_shapes(parameters, u, x)
+    outputs = torch.empty_like(signals)
+    _function("to_signals", u, signals)(B, L, H)
+    _run("forward", (B, L, H, N // 2), parameters, signals, x, states, outputs, after)
+    _function("from_signals", outputs, y)(B, L, H)
+    return y, after, signals, states
 
 
 @_forward.register_fake
-def _forward_shapes(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, L, H = u.shape
-    states = u.new_empty(H, B, -(-L // CHUNK) + 1, x.shape[-1])  # before each chunk, and after the last
-    return u.new_empty(B, L, H), u.new_empty(x.shape), states
+def _forward_shapes(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, L, H), chunks = u.shape, -(-u.shape[1] // CHUNK)
+    signals = u.new_empty(H, B, chunks * CHUNK)
+    states = u.new_empty(H, B, chunks + 1, x.shape[-1])  # before each chunk, and after the last
+    return u.new_empty(B, L, H), u.new_empty(x.shape), signals, states
 
 
 @torch.library.custom_op("sashimi::scan_backward", mutates_args=(), device_types="cpu")
-def _backward(parameters: Tensor, u: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    parameters, u, d_y = parameters.contiguous(), u.contiguous(), d_y.contiguous()
-    assert d_y.shape == u.shape
-    d_parameters, d_u, d_x = _backward_shapes(parameters, u, states, d_y)
-    _call("backward", u, states, parameters, u, states, d_y, d_u, d_x, d_parameters)
+def _backward(parameters: Tensor, signals: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    parameters, d_y = parameters.contiguous(), d_y.contiguous()
+    (B, L, H), N = d_y.shape, states.shape[-1]
+    d_parameters, d_u, d_x = _backward_shapes(parameters, signals, states, d_y)
+    d_outputs, d_signals = torch.empty_like(signals), torch.empty_like(signals)
+    _function("to_signals", d_y, d_outputs)(B, L, H)
+    tensors = (parameters, signals, states, d_outputs, d_signals, d_x, d_parameters)
+    _run("backward", (B, L, H, N // 2), *tensors)
+    _function("from_signals", d_signals, d_u)(B, L, H)
     return d_parameters, d_u, d_x
 
 
 @_backward.register_fake
-def _backward_shapes(parameters: Tensor, u: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    (B, L, H), N = u.shape, states.shape[-1]
-    return u.new_empty(parameters.shape), u.new_empty(B, L, H), u.new_empty(B, H, N)
+def _backward_shapes(parameters: Tensor, signals: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, L, H), N = d_y.shape, states.shape[-1]
+    return d_y.new_empty(parameters.shape), d_y.new_empty(B, L, H), d_y.new_empty(B, H, N)
+
+
+@torch.library.custom_op("sashimi::response", mutates_args=(), device_types="cpu")
+def _response(parameters: Tensor, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    parameters, x = parameters.contiguous(), x.contiguous()
+    y, states = _response_shapes(parameters, x, length)
+    _run("forward", (1, length, len(x), x.shape[-1] // 2), parameters, None, x, states, y, None)
+    return y, states
+
+
+@_response.register_fake
+def _response_shapes(parameters: Tensor, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    (H, N), chunks = x.shape, -(-length // CHUNK)
+    return x.new_empty(H, chunks * CHUNK), x.new_empty(H, chunks + 1, N)
+
+
+@torch.library.custom_op("sashimi::response_backward", mutates_args=(), device_types="cpu")
+def _response_backward(parameters: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    parameters, d_y = parameters.contiguous(), d_y.contiguous()
+    (H, length), N = d_y.shape, states.shape[-1]
+    d_parameters, d_x = _response_backward_shapes(parameters, states, d_y)
+    _run("backward", (1, length, H, N // 2), parameters, None, states, d_y, None, d_x, d_parameters)
+    return d_parameters, d_x
+
+
+@_response_backward.register_fake
+def _response_backward_shapes(parameters: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    return d_y.new_empty(parameters.shape), d_y.new_empty(len(d_y), states.shape[-1])

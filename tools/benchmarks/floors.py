@@ -95,14 +95,24 @@ def counted_flop(function: Callable[[], Any]) -> int:
         (B, L, H), N, T = u, x[-1], CHUNK
         return 2 * H * (N * N * T + B * -(-L // T) * (2 * T * N + T * T + N * N))
 
-    def backward(parameters: torch.Size, u: torch.Size, states: torch.Size, d_y: torch.Size, **_: Any) -> int:
-        (B, L, H), N, T = u, states[-1], CHUNK
+    def backward(parameters: torch.Size, signals: torch.Size, states: torch.Size, d_y: torch.Size, **_: Any) -> int:
+        (B, L, H), N, T = d_y, states[-1], CHUNK
         return 2 * H * (3 * N * N * T + B * -(-L // T) * (4 * T * N + 2 * T * T + 2 * N * N))
+
+    def response(parameters: torch.Size, x: torch.Size, length: int, **_: Any) -> int:
+        (H, N), T = x, CHUNK
+        return 2 * H * (N * N * T + -(-length // T) * (T * N + N * N))
+
+    def response_backward(parameters: torch.Size, states: torch.Size, d_y: torch.Size, **_: Any) -> int:
+        (H, length), N, T = d_y, states[-1], CHUNK
+        return 2 * H * (3 * N * N * T + length // T * (2 * T * N + 2 * N * N))
 
     left_out = {
         torch.ops.aten.baddbmm_: batched,
         torch.ops.sashimi.scan: forward,
         torch.ops.sashimi.scan_backward: backward,
+        torch.ops.sashimi.response: response,
+        torch.ops.sashimi.response_backward: response_backward,
     }
     with FlopCounterMode(display=False, custom_mapping=left_out) as counter:
         function()

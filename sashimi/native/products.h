@@ -1,0 +1,133 @@
+// Products of matrices, and their transposes, that suit the sizes of a state space: what a channel's caches hold.
+//
+// Matrices are row-major, and their columns, but for a transpose's, are a number of whole vectors of W numbers. Written
+// for gcc's and clang's vector extensions, so for any instruction set.
+
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64, COLUMNS = 4;
+#elif defined(__AVX__)
+constexpr int BYTES = 32, COLUMNS = 2;
+#elif defined(__aarch64__)
+constexpr int BYTES = 16, COLUMNS = 4;
+#else
+constexpr int BYTES = 16, COLUMNS = 2;
+#endif
+constexpr int ROWS = 6;  // of a tile of a product, COLUMNS vectors wide: what fits in registers
+
+template <class F> struct Vector {
+    typedef F V __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias));
+    typedef std::conditional_t<sizeof(F) == 4, int32_t, int64_t> Place __attribute__((vector_size(BYTES)));
+    static constexpr int64_t W = BYTES / sizeof(F);
+};
+
+template <class F> typename Vector<F>::V& at(F* x) { return *(typename Vector<F>::V*)x; }
+template <class F> const typename Vector<F>::V& at(const F* x) { return *(const typename Vector<F>::V*)x; }
+
+// Memory that begins where a line of the cache does, so that no vector lies in two.
+template <class F> struct Aligned {
+    using value_type = F;
+    Aligned() = default;
+    template <class G> Aligned(const Aligned<G>&) {}
+    F* allocate(size_t n) { return (F*)::operator new(n * sizeof(F), std::align_val_t(64)); }
+    void deallocate(F* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+template <class F> using Numbers = std::vector<F, Aligned<F>>;
+
+template <class F, int R, int Q>
+inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
+                 bool add) {
+    using V = typename Vector<F>::V;
+    constexpr int64_t W = Vector<F>::W;
+    V sum[R][Q];
+    for (int r = 0; r < R; r++)
+        for (int q = 0; q < Q; q++) sum[r][q] = add ? at(C + r * ldc + q * W) : V{};
+    for (int64_t i = 0; i < k; i++) {
+        V b[Q];
+        for (int q = 0; q < Q; q++) b[q] = at(B + i * ldb + q * W);
+        for (int r = 0; r < R; r++) {
+            const F a = A[r * row + i * col];
+            for (int q = 0; q < Q; q++) sum[r][q] += a * b[q];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int q = 0; q < Q; q++) at(C + r * ldc + q * W) = sum[r][q];
+}
+
+template <class F, int R>
+void tiles(int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
+           bool add) {
+    constexpr int64_t W = Vector<F>::W;
+    int64_t j = 0;
+    for (; j + COLUMNS * W <= n; j += COLUMNS * W) tile<F, R, COLUMNS>(k, A, row, col, B + j, ldb, C + j, ldc, add);
+    for (; j + 2 * W <= n; j += 2 * W) tile<F, R, 2>(k, A, row, col, B + j, ldb, C + j, ldc, add);
+    for (; j < n; j += W) tile<F, R, 1>(k, A, row, col, B + j, ldb, C + j, ldc, add);
+}
+
+// C = A B, or C += A B. A (m, k) lies by strides `row` and `col`; of B (k, n) and C (m, n) each row is contiguous, and
+// n is a number of whole vectors.
+template <class F>
+void multiply(int64_t m, int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C,
+              int64_t ldc, bool add) {
+    for (; m >= ROWS; m -= ROWS, A += ROWS * row, C += ROWS * ldc)
+        tiles<F, ROWS>(n, k, A, row, col, B, ldb, C, ldc, add);
+    for (; m >= 2; m -= 2, A += 2 * row, C += 2 * ldc) tiles<F, 2>(n, k, A, row, col, B, ldb, C, ldc, add);
+    if (m == 1) tiles<F, 1>(n, k, A, row, col, B, ldb, C, ldc, add);
+}
+
+template <class F> F dot(const F* x, const F* y, int64_t n) {
+    typename Vector<F>::V products{};
+    for (int64_t i = 0; i < n; i += Vector<F>::W) products += at(x + i) * at(y + i);
+    F sum = 0;
+    for (int64_t i = 0; i < Vector<F>::W; i++) sum += products[i];
+    return sum;
+}
+
+#if defined(__clang__)
+#define SHUFFLE(F, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(F, a, b, ...) __builtin_shuffle(a, b, typename Vector<F>::Place{__VA_ARGS__})
+#endif
+
+// Columns of W rows of W numbers become rows: of the first and second halves of the rows, the upper right and the lower
+// left quarter change places, then likewise within each quarter, and so on.
+template <class F, int64_t STEP, int... J>
+inline void exchange(typename Vector<F>::V* v, std::integer_sequence<int, J...>) {
+    using V = typename Vector<F>::V;
+    constexpr int W = Vector<F>::W;
+    for (int64_t i = 0; i < W; i++)
+        if (!(i & STEP)) {
+            const V upper = v[i], lower = v[i + STEP];
+            v[i] = SHUFFLE(F, upper, lower, (J & STEP ? W + J - STEP : J)...);
+            v[i + STEP] = SHUFFLE(F, upper, lower, (J & STEP ? W + J : J + STEP)...);
+        }
+    if constexpr (STEP > 1) exchange<F, STEP / 2>(v, std::integer_sequence<int, J...>());
+}
+
+// x (m, n), whose rows begin `row` apart -> y (n, m), whose rows begin `col` apart.
+template <class F> void transpose(const F* x, int64_t m, int64_t n, int64_t row, F* y, int64_t col) {
+    constexpr int64_t W = Vector<F>::W;
+    for (int64_t i = 0; i < m; i += W)
+        for (int64_t j = 0; j < n; j += W) {
+            if (i + W <= m && j + W <= n) {
+                typename Vector<F>::V block[W];
+                for (int64_t k = 0; k < W; k++) block[k] = at(x + (i + k) * row + j);
+                exchange<F, W / 2>(block, std::make_integer_sequence<int, W>());
+                for (int64_t k = 0; k < W; k++) at(y + (j + k) * col + i) = block[k];
+            } else {
+                for (int64_t k = i; k < std::min(i + W, m); k++)
+                    for (int64_t l = j; l < std::min(j + W, n); l++) y[l * col + k] = x[k * row + l];
+            }
+        }
+}
