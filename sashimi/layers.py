@@ -6,11 +6,11 @@ Shapes: **B** batch, **L** samples, **H** channels, **p** pooling factor.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sashimi.linear import Linear
+from sashimi.native.pointwise import gelu, glu
 from sashimi.s4 import S4, S4State
 
 
@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
-        return self.contract(F.gelu(self.expand(x))), None
+        return self.contract(gelu(*self.expand.apart(x))), None
 
     def step(self, x: Tensor, state: None) -> tuple[Tensor, None]:
         """x: (B, H) -> (B, H)."""
@@ -61,8 +61,8 @@ class S4Block(nn.Module):
 
     def mix(self, y: Tensor) -> Tensor:
         """What follows the state space, sample by sample. y: (..., H) -> (..., H)."""
-        y = self.output(F.gelu(y))
-        return F.glu(y, dim=-1) if self.glu else y
+        y = gelu(y)
+        return glu(*self.output.apart(y)) if self.glu else self.output(y)
 
     def forward(
         self, u: Tensor, state: S4State | None = None, kernel: Tensor | None = None

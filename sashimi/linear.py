@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sashimi.native.pointwise import serves
+
 _IMAGES = 16  # with fewer of them, on one thread, torch does not give such a convolution to oneDNN
 _FEWEST = 1 << 10  # rows: for fewer it does not pay
 
@@ -19,12 +21,19 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in_features) -> (..., out_features)."""
+        return self._affine(x, self.bias)
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What `gelu` or `glu` is of: the product and the bias, where these add it themselves, or all, and None."""
+        return (self._affine(x, None), self.bias) if serves(x) else (self(x), None)
+
+    def _affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.numel() // self.in_features
         plain = x.dtype != torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
         if plain or rows < _FEWEST or rows % _IMAGES or not is_amd():
-            return super().forward(x)
+            return F.linear(x, self.weight, bias)
         images = x.reshape(_IMAGES, 1, -1, self.in_features).permute(0, 3, 1, 2)  # channels last, in memory
-        y = F.conv2d(images, self.weight[:, :, None, None], self.bias)
+        y = F.conv2d(images, self.weight[:, :, None, None], bias)
         return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 

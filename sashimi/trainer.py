@@ -111,8 +111,7 @@ class Trainer:
         self.n_parameters = sum(p.numel() for p in self.parameters)
         self.ema = build_ema(model, optim.ema) if optim.ema else None
         # An update in one kernel keeps its step counts on the GPU, where older checkpoints of ZeRO have none.
-        on_gpu = dist.device.type == "cuda" and not dist.zero_stage
-        optimizer = build_optimizer(model.named_parameters(), optim, fused=on_gpu)
+        optimizer = build_optimizer(model.named_parameters(), optim, fused=not dist.zero_stage)
         if config.recompute:
             model.recompute_layers()
         if config.compile:
@@ -123,7 +122,7 @@ class Trainer:
         self.rows = [Rows(objective.beginning) for _ in range(data.accumulation)]
         self.saver = Saver(dist, model, optimizer, self.ema, self.rows, data, run_config, folder, config.keep_last)
         self.beginning = objective.beginning
-        if config.graph and on_gpu:
+        if config.graph and dist.device.type == "cuda" and not dist.zero_stage:
             self._record(objective)
         self.objective, self.optimizer = dist.prepare(objective, optimizer)
 

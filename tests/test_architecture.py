@@ -37,10 +37,12 @@ ARROWS: dict[str, set[str]] = {
     "stream": {"audio", "grid", "order", "shards", "split"},
     # the model
     "native.library": {"atomic"},
+    "native.activations": set(),
+    "native.pointwise": {"native.activations", "native.library"},
     "native.scan": {"native.library", "ssm"},
     "s4": {"native.scan", "scan", "ssm"},
-    "linear": set(),
-    "layers": {"linear", "s4"},
+    "linear": {"native.pointwise"},
+    "layers": {"linear", "native.pointwise", "s4"},
     "model": {"layers", "linear", "s4"},
     "foreign.legacy": {"layers", "linear", "model", "s4", "ssm"},
     "foreign.translation": {"foreign.legacy", "model", "s4"},
@@ -85,7 +87,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"atomic", "audio", "model", "optim", "parsing", "stream", "tracking", "trainer"},
     # sampling
     "native.program": {"layers", "model", "s4"},
-    "native.engine": {"model", "native.library", "native.program"},
+    "native.engine": {"model", "native.activations", "native.library", "native.program"},
     "graph": {"layers", "model"},
     "sampler": {"graph", "model", "native.engine"},
     "clips": {"atomic", "audio", "model", "sampler"},

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, Call, command
 
 from sashimi.model import ModelConfig, Sashimi
-from sashimi.native.scan import kernel, scan
+from sashimi.native import scan as native
 from sashimi.s4 import S4
 from sashimi.scan import Chunks
 
@@ -109,8 +109,8 @@ def test_all_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compiled_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of scan.cpp, as counted by hand: 3 chunks of 2 signals of 5 channels with 32 states, vectors being full; and
-    3 of the kernel, which is outputs and states alone.
+    """Those of scan.cpp, as counted by hand: 3 chunks of 2 signals of 5 channels with 32 states, vectors being full.
+    And 3 chunks of the kernel, which is outputs and states alone.
 
     Mutation: leave `scan_backward` or `response_backward` out of `left_out`.
     """
@@ -122,9 +122,9 @@ def test_compiled_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     once = 4 * 64 * 32 * 32  # A^64 forward, and once more backward, where it has two gradients
     chunk = 2 * inputs_outputs + states + direct  # forward
     back = 4 * inputs_outputs + 2 * states + 2 * direct
-    counted = counted_flop(lambda: scan(r, s4.D, u)[0].sum().backward())
+    counted = counted_flop(lambda: native.scan(r, s4.D, u)[0].sum().backward())
     assert counted == 2 * 5 * (once + 2 * 3 * (chunk + back))
-    counted = counted_flop(lambda: kernel(s4.recurrence(), 131).sum().backward())
+    counted = counted_flop(lambda: native.kernel(s4.recurrence(), 131).sum().backward())
     assert counted == 2 * 5 * (once + 3 * (3 * inputs_outputs + 3 * states))
 
 

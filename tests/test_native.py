@@ -12,7 +12,8 @@ from sashimi.errors import InputError
 from sashimi.foreign.importer import import_checkpoint
 from sashimi.model import ModelConfig, Sashimi, TierState
 from sashimi.model_folder import build_model, load_weights
-from sashimi.native.engine import Native, tables
+from sashimi.native.activations import tables
+from sashimi.native.engine import Native
 from sashimi.native.library import library
 from sashimi.parsing import to_dict
 from sashimi.sampler import Drawing, Plain, draw, generate, make_engine
@@ -73,7 +74,7 @@ def test_native_ids_are_the_plain_ones_in_float64(variant: str, batch_size: int)
 def test_native_logits_are_the_plain_ones_in_float32(variant: str, batch_size: int) -> None:
     """Law 16, teacher-forced: the plain step on native ids gives each of them the native nats within 1e-4.
 
-    Mutation: in generate.cpp, `ERF_END = 4` -> `2`.
+    Mutation: in activations.h, `ERF_END = 4` -> `2`.
     """
     model = model_of(variant, torch.float32)
     u = torch.rand(batch_size, 50, generator=torch.manual_seed(2), dtype=torch.float64)
@@ -110,6 +111,10 @@ def test_activations_are_exact_to_float32() -> None:
     r = torch.linspace(-0.3466, 0.3466, 2001, dtype=torch.float64)
     power = sum(c * r**i for i, c in enumerate(reversed(made.exp)))
     assert (power / r.exp() - 1).abs().max() < 1e-7
+    x = (((s + 1) / 2).sqrt() * 6).requires_grad_()
+    ratio = sum(c * s**i for i, c in enumerate(reversed(made.slope)))
+    (slope,) = torch.autograd.grad(torch.nn.functional.gelu(x).sum(), x)
+    assert (0.5 + ratio * x - slope).abs().max() < 2e-7
 
 
 @pytest.mark.parametrize(("name", "engine"), [("s4_v2_youtubemix_release", "native"), ("seed796_glu", "plain")])

@@ -4,24 +4,19 @@ Shapes: **B** batch, **L** samples, **W** numbers in a vector.
 """
 
 import ctypes
-import math
 
 import numpy as np
 import torch
-from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from sashimi.errors import Unavailable
 from sashimi.model import Sashimi, SashimiState, map_states
+from sashimi.native.activations import tables
 from sashimi.native.library import library
 from sashimi.native.program import Program
 
 _MOST_PHASES = 4096  # each has its own program
 _MANY = 4  # batches from this size on fill the lanes of a vector with clips, below it with features
-
-
-class Tables(ctypes.Structure):
-    _fields_ = (("erf", ctypes.c_float * 19), ("exp", ctypes.c_float * 8))
 
 
 class Drawing(ctypes.Structure):
@@ -76,16 +71,3 @@ class Native:
             *map(ctypes.c_int64, (len(last), self.model.config.levels, ids.shape[1])),
             *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (last, uniforms, ids, nats)),
         )
-
-
-def tables() -> Tables:
-    """Polynomials for float32, by interpolation at Chebyshev's nodes."""
-    erf_end, half = 4.0, math.log(2) / 2
-
-    def erf_ratio(s: np.ndarray) -> np.ndarray:
-        z = np.sqrt((s + 1) / 2) * erf_end
-        return np.array([math.erf(x) / x for x in z])
-
-    erf = Chebyshev.interpolate(erf_ratio, 18).convert(kind=Polynomial).coef
-    exp = Chebyshev.interpolate(np.exp, 7, domain=[-half, half]).convert(kind=Polynomial).coef
-    return Tables((ctypes.c_float * 19)(*erf[::-1]), (ctypes.c_float * 8)(*exp[::-1]))

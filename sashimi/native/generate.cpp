@@ -12,61 +12,18 @@
 #include <numeric>
 #include <vector>
 
+#include "activations.h"
+
 namespace {
 
-constexpr int BYTES = 64;  // of a unit: a register of AVX-512, two of AVX
-
 template <class T> struct Unit;
-template <> struct Unit<float> { typedef float V __attribute__((vector_size(BYTES))); static constexpr int W = 16; };
-template <> struct Unit<double> { typedef double V __attribute__((vector_size(BYTES))); static constexpr int W = 8; };
+template <> struct Unit<float> { using V = V32; static constexpr int W = 16; };
+template <> struct Unit<double> { using V = V64; static constexpr int W = 8; };
 
 enum Code : int64_t { EMBED, NORM, STATE_SPACE, LINEAR, GLU, ADD, COPY, END };
 
 // One operation. `in`, `out`, `more` are places in the memory, in units; `w` is a place in the parameters, in numbers.
 struct Op { int64_t code, in, out, more, n_in, n_out, w, flag; };
-
-// Polynomials, highest power first: erf(z) / z for |z| <= ERF_END in s = 2 (z / ERF_END)^2 - 1, and exp(r) for
-// |r| <= ln(2) / 2 in r.
-constexpr float ERF_END = 4;  // erf is 1 from here on, in float32
-struct Tables { float erf[19], exp[8]; };
-
-typedef Unit<float>::V V32;
-typedef int32_t I32 __attribute__((vector_size(BYTES)));
-typedef Unit<double>::V V64;
-
-inline V32 clamp(V32 x, float low, float high) {
-    const V32 a = low - V32{}, b = high - V32{};
-    x = x < a ? a : x;
-    return x > b ? b : x;
-}
-
-inline V32 gelu(V32 x, const Tables& t) {
-    const V32 z = clamp(x * 0.70710678118654752f, -ERF_END, ERF_END), s = z * z * (2 / (ERF_END * ERF_END)) - 1;
-    V32 p = t.erf[0] - V32{};
-#pragma GCC unroll 19
-    for (int i = 1; i < 19; i++) p = p * s + t.erf[i];
-    return 0.5f * x * (1 + clamp(p * z, -1, 1));
-}
-
-inline V32 sigmoid(V32 x, const Tables& t) {
-    const V32 y = clamp(-x, -87, 87);
-    const I32 n = __builtin_convertvector(y * 1.44269504f + (y < 0 ? -0.5f - V32{} : 0.5f - V32{}), I32);
-    const V32 whole = __builtin_convertvector(n, V32), r = (y - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    V32 p = t.exp[0] - V32{};
-#pragma GCC unroll 8
-    for (int i = 1; i < 8; i++) p = p * r + t.exp[i];
-    const I32 bits = (n + 127) << 23;
-    return 1 / (1 + p * (V32)bits);
-}
-
-inline V64 gelu(V64 x, const Tables&) {
-    for (int i = 0; i < 8; i++) x[i] = 0.5 * x[i] * (1 + std::erf(x[i] * 0.70710678118654752440));
-    return x;
-}
-inline V64 sigmoid(V64 x, const Tables&) {
-    for (int i = 0; i < 8; i++) x[i] = 1 / (1 + std::exp(-x[i]));
-    return x;
-}
 
 template <class T, bool SINGLE> struct Machine {
     using V = typename Unit<T>::V;

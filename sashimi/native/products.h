@@ -45,24 +45,30 @@ template <class F> struct Aligned {
 };
 template <class F> using Numbers = std::vector<F, Aligned<F>>;
 
+// Unrolled before anything else is done, the sums are in registers from the first to the last.
+#define UNROLLED _Pragma("GCC unroll 8")
+
 template <class F, int R, int Q>
 inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
                  bool add) {
     using V = typename Vector<F>::V;
     constexpr int64_t W = Vector<F>::W;
     V sum[R][Q];
-    for (int r = 0; r < R; r++)
-        for (int q = 0; q < Q; q++) sum[r][q] = add ? at(C + r * ldc + q * W) : V{};
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int q = 0; q < Q; q++) sum[r][q] = V{};
     for (int64_t i = 0; i < k; i++) {
         V b[Q];
-        for (int q = 0; q < Q; q++) b[q] = at(B + i * ldb + q * W);
-        for (int r = 0; r < R; r++) {
+        UNROLLED for (int q = 0; q < Q; q++) b[q] = at(B + i * ldb + q * W);
+        UNROLLED for (int r = 0; r < R; r++) {
             const F a = A[r * row + i * col];
-            for (int q = 0; q < Q; q++) sum[r][q] += a * b[q];
+            UNROLLED for (int q = 0; q < Q; q++) sum[r][q] += a * b[q];
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int q = 0; q < Q; q++) at(C + r * ldc + q * W) = sum[r][q];
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int q = 0; q < Q; q++) {
+            V& c = at(C + r * ldc + q * W);
+            c = add ? c + sum[r][q] : sum[r][q];
+        }
 }
 
 template <class F, int R>

@@ -46,7 +46,7 @@ def training_step(
     """Forward, loss, backward and update on random ids; `half` for bfloat16, `graph` for passes as CUDA graphs."""
     device = model.head.weight.device
     objective = Objective(model)
-    optimizer = build_optimizer(model.named_parameters(), OptimConfig(), fused=device.type == "cuda")
+    optimizer = build_optimizer(model.named_parameters(), OptimConfig())
     ids = torch.randint(256, (batch_size, length + 1), device=device)
     mask = torch.ones_like(ids[:, 1:], dtype=torch.bool)
     batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask)
