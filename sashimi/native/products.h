@@ -1,13 +1,14 @@
 // Products of matrices, and their transposes, that suit the sizes of a state space: what a channel's caches hold.
 //
-// Matrices are row-major, and their columns, but for a transpose's, are a number of whole vectors of W numbers. Written
-// for gcc's and clang's vector extensions, so for any instruction set.
+// Matrices are row-major, and their rows, but for a transpose's, are whole vectors of W numbers, in memory too. Written for
+// gcc's and clang's vector extensions, so for any instruction set.
 
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -25,15 +26,16 @@ constexpr int BYTES = 16, COLUMNS = 2;
 constexpr int ROWS = 6;  // of a tile of a product, COLUMNS vectors wide: what fits in registers
 
 template <class F> struct Vector {
-    typedef F V __attribute__((vector_size(BYTES), aligned(sizeof(F)), may_alias));
+    typedef F V __attribute__((vector_size(BYTES), may_alias));
     typedef std::conditional_t<sizeof(F) == 4, int32_t, int64_t> Place __attribute__((vector_size(BYTES)));
     static constexpr int64_t W = BYTES / sizeof(F);
 };
 
+// Of numbers that lie in whole vectors.
 template <class F> typename Vector<F>::V& at(F* x) { return *(typename Vector<F>::V*)x; }
 template <class F> const typename Vector<F>::V& at(const F* x) { return *(const typename Vector<F>::V*)x; }
 
-// Memory that begins where a line of the cache does, so that no vector lies in two.
+// Memory that begins where a line of the cache does.
 template <class F> struct Aligned {
     using value_type = F;
     Aligned() = default;
@@ -81,8 +83,7 @@ void tiles(int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* 
     for (; j < n; j += W) tile<F, R, 1>(k, A, row, col, B + j, ldb, C + j, ldc, add);
 }
 
-// C = A B, or C += A B. A (m, k) lies by strides `row` and `col`; of B (k, n) and C (m, n) each row is contiguous, and
-// n is a number of whole vectors.
+// C = A B, or C += A B. A (m, k) lies by strides `row` and `col`; of B (k, n) and C (m, n) each row is whole vectors.
 template <class F>
 void multiply(int64_t m, int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C,
               int64_t ldc, bool add) {
@@ -121,16 +122,16 @@ inline void exchange(typename Vector<F>::V* v, std::integer_sequence<int, J...>)
     if constexpr (STEP > 1) exchange<F, STEP / 2>(v, std::integer_sequence<int, J...>());
 }
 
-// x (m, n), whose rows begin `row` apart -> y (n, m), whose rows begin `col` apart.
+// x (m, n), whose rows begin `row` apart -> y (n, m), whose rows begin `col` apart; wherever they lie.
 template <class F> void transpose(const F* x, int64_t m, int64_t n, int64_t row, F* y, int64_t col) {
     constexpr int64_t W = Vector<F>::W;
     for (int64_t i = 0; i < m; i += W)
         for (int64_t j = 0; j < n; j += W) {
             if (i + W <= m && j + W <= n) {
                 typename Vector<F>::V block[W];
-                for (int64_t k = 0; k < W; k++) block[k] = at(x + (i + k) * row + j);
+                for (int64_t k = 0; k < W; k++) std::memcpy(&block[k], x + (i + k) * row + j, BYTES);
                 exchange<F, W / 2>(block, std::make_integer_sequence<int, W>());
-                for (int64_t k = 0; k < W; k++) at(y + (j + k) * col + i) = block[k];
+                for (int64_t k = 0; k < W; k++) std::memcpy(y + (j + k) * col + i, &block[k], BYTES);
             } else {
                 for (int64_t k = i; k < std::min(i + W, m); k++)
                     for (int64_t l = j; l < std::min(j + W, n); l++) y[l * col + k] = x[k * row + l];

@@ -107,7 +107,7 @@ class Response(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        return *_response_backward(*ctx.saved_tensors, F.pad(d_y, (0, -d_y.shape[-1] % CHUNK))), None
+        return *_response_backward(*ctx.saved_tensors, d_y), None
 
 
 def _library() -> ctypes.CDLL:
@@ -193,10 +193,11 @@ def _response_shapes(parameters: Tensor, x: Tensor, length: int) -> tuple[Tensor
 
 @torch.library.custom_op("sashimi::response_backward", mutates_args=(), device_types="cpu")
 def _response_backward(parameters: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    parameters, d_y = parameters.contiguous(), d_y.contiguous()
-    (H, length), N = d_y.shape, states.shape[-1]
+    parameters, (H, length), N = parameters.contiguous(), d_y.shape, states.shape[-1]
     d_parameters, d_x = _response_backward_shapes(parameters, states, d_y)
-    _run("backward", (1, length, H, N // 2), parameters, None, states, d_y, None, d_x, d_parameters)
+    d_signals = d_y.new_zeros(H, -(-length // CHUNK) * CHUNK)
+    d_signals[:, :length] = d_y
+    _run("backward", (1, length, H, N // 2), parameters, None, states, d_signals, None, d_x, d_parameters)
     return d_parameters, d_x
 
 

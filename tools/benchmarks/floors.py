@@ -105,7 +105,7 @@ def counted_flop(function: Callable[[], Any]) -> int:
 
     def response_backward(parameters: torch.Size, states: torch.Size, d_y: torch.Size, **_: Any) -> int:
         (H, length), N, T = d_y, states[-1], CHUNK
-        return 2 * H * (3 * N * N * T + length // T * (2 * T * N + 2 * N * N))
+        return 2 * H * (3 * N * N * T + -(-length // T) * (2 * T * N + 2 * N * N))
 
     left_out = {
         torch.ops.aten.baddbmm_: batched,
