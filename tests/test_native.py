@@ -12,6 +12,7 @@ from sashimi.errors import InputError
 from sashimi.foreign.importer import import_checkpoint
 from sashimi.model import ModelConfig, Sashimi, TierState
 from sashimi.model_folder import build_model, load_weights
+from sashimi.native import library as native_library
 from sashimi.native.activations import tables
 from sashimi.native.engine import Native
 from sashimi.native.library import library
@@ -166,4 +167,16 @@ def test_a_library_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         library.cache_clear()
         assert library("generate").many_float
     assert damaged.stat().st_size == made.stat().st_size
+    library.cache_clear()
+
+
+def test_a_changed_header_is_compiled_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Mutation: `texts` of the source alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(native_library, "__file__", str(tmp_path / "library.py"))
+    (tmp_path / "number.cpp").write_text('#include "number.h"\nextern "C" int number() { return NUMBER; }\n')
+    for number in (1, 2):
+        (tmp_path / "number.h").write_text(f"#define NUMBER {number}\n")
+        library.cache_clear()
+        assert library("number").number() == number
     library.cache_clear()

@@ -30,7 +30,7 @@ def test_it_is_pytorchs(shape: tuple[int, ...], name: str) -> None:
     """Of rows that fill no vector, and that are no whole number of those whose sums are taken together.
 
     In float32 it is as near to float64 as PyTorch is, with and without a bias, back and forth. Mutations, in
-    pointwise.cpp: in `load`, `n - i` -> `W`; in `for_rows`, no `fill_n`; in `gelu_backward`, no `+ load(bias, i, n)`;
+    pointwise.cpp: in `load`, `(n - i)` -> `(n - i - 1)`; in `for_rows`, no `fill_n`; in `gelu_backward`, no `+ load(bias, i, n)`;
     in `glu_backward`, `(1 - gate)` left out.
     """
     compiled, reference = CALLS[name]
