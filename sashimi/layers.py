@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
-        return self.contract(gelu(*self.expand.apart(x))), None
+        return self.contract(self.expand(x, gelu)), None
 
     def step(self, x: Tensor, state: None) -> tuple[Tensor, None]:
         """x: (B, H) -> (B, H)."""
@@ -61,8 +61,7 @@ class S4Block(nn.Module):
 
     def mix(self, y: Tensor) -> Tensor:
         """What follows the state space, sample by sample. y: (..., H) -> (..., H)."""
-        y = gelu(y)
-        return glu(*self.output.apart(y)) if self.glu else self.output(y)
+        return self.output(gelu(y), glu if self.glu else None)
 
     def forward(
         self, u: Tensor, state: S4State | None = None, kernel: Tensor | None = None

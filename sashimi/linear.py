@@ -1,6 +1,7 @@
 """Linear layers over sequences, on CPUs by the one of torch's two libraries that suits their maker."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,13 +20,13 @@ class Linear(nn.Linear):
     Products, as nn.Linear has them, go to MKL, which is made for Intel's CPUs: on AMD's it is slower by a quarter.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in_features) -> (..., out_features)."""
-        return self._affine(x, self.bias)
-
-    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What `gelu` or `glu` is of: the product and the bias, where these add it themselves, or all, and None."""
-        return (self._affine(x, None), self.bias) if serves(x) else (self(x), None)
+    def forward(self, x: Tensor, then: Callable[[Tensor, Tensor | None], Tensor] | None = None) -> Tensor:
+        """x: (..., in_features) -> (..., out_features), or what `then` makes of that: `pointwise.gelu` or `glu`."""
+        if then is None:
+            return self._affine(x, self.bias)
+        if serves(x):  # it adds the bias itself
+            return then(self._affine(x, None), self.bias)
+        return then(self._affine(x, self.bias), None)
 
     def _affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.numel() // self.in_features

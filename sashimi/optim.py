@@ -88,8 +88,8 @@ def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], confi
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimConfig, fused: bool = True
 ) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`; `fused`: all of an update in one kernel."""
-    return torch.optim.AdamW(parameter_groups(named_parameters, config), betas=config.betas, fused=fused)
+    """AdamW over `parameter_groups`; `fused`: in one kernel, for gradients that lie as autograd lays them."""
+    return torch.optim.AdamW(parameter_groups(named_parameters, config), betas=config.betas, fused=fused or None)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

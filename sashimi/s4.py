@@ -184,7 +184,7 @@ def kernels(layers: Sequence[S4], length: int) -> list[Tensor | None]:
 def _kernel(name: str, recurrence: ssm.Recurrence, length: int) -> Tensor:
     if name == "vandermonde":
         return ssm.vandermonde_kernel(recurrence, length)
-    if _has_compiled_code(recurrence):
+    if in_chunks(recurrence.B.device) and _has_compiled_code(recurrence):
         return native.kernel(recurrence, length)
     return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)
 

@@ -76,7 +76,7 @@ def elsewhere(x: Tensor) -> Tensor:
 def test_all_else_is_left_to_torch(change: Callable[[Tensor], Tensor], autocast: bool) -> None:
     """Other precisions and devices, autocast, what is short, and what does not make whole images.
 
-    Mutations: any of the conditions of `forward` left out.
+    Mutations: any of the conditions of `_affine` left out.
     """
     x = change(torch.randn(1, 1600, 8))
     layer = Linear(8, 24).to(x)
@@ -86,7 +86,7 @@ def test_all_else_is_left_to_torch(change: Callable[[Tensor], Tensor], autocast:
 
 
 def test_other_cpus_go_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mutation: no `is_amd()` in `forward`."""
+    """Mutation: no `is_amd()` in `_affine`."""
     monkeypatch.setattr(linear, "is_amd", lambda: False)
     with Convolutions() as made:
         Linear(8, 24)(torch.randn(1, 1600, 8))

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trained_like import relative
 
 from sashimi.layers import FeedForward, S4Block
-from sashimi.linear import Linear
 from sashimi.native import pointwise
 from sashimi.native.library import library
 from sashimi.native.pointwise import gelu, glu, serves
@@ -30,8 +30,8 @@ def test_it_is_pytorchs(shape: tuple[int, ...], name: str) -> None:
     """Of rows that fill no vector, and that are no whole number of those whose sums are taken together.
 
     In float32 it is as near to float64 as PyTorch is, with and without a bias, back and forth. Mutations, in
-    pointwise.cpp: in `load`, `(n - i)` -> `(n - i - 1)`; in `for_rows`, no `fill_n`; in `gelu_backward`, no `+ load(bias, i, n)`;
-    in `glu_backward`, `(1 - gate)` left out.
+    pointwise.cpp: in `load`, `(n - i)` -> `(n - i - 1)`; in `for_rows`, no `fill_n`; in `gelu_rows_back`, no `+ load…`;
+    in `glu_rows_back`, `(1 - gate)` left out.
     """
     compiled, reference = CALLS[name]
     x, bias = numbers(*shape).requires_grad_(), numbers(shape[-1]).requires_grad_()
@@ -96,22 +96,43 @@ def test_all_else_is_left_to_torch(change: Callable[[Tensor], Tensor], autocast:
 
 
 def test_torch_compile_makes_its_own() -> None:
-    """As one graph. Mutation: no `is_compiling`."""
-    layer, x = Linear(8, 64), numbers(1600, 8)
-    compiled = torch.compile(lambda x: gelu(*layer.apart(x)), backend="aot_eager", fullgraph=True)
-    assert relative(compiled(x), gelu(*layer.apart(x))) < 1e-6
+    """As one graph, of its own functions. Mutation: no `is_compiling`."""
+    x = numbers(1600, 64)
+    seen = []
+
+    def watch(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(gelu, backend=watch, fullgraph=True)
+    assert relative(compiled(x), gelu(x)) < 1e-6
+    assert any("gelu" in target for target in seen), seen
+
+
+def test_it_may_be_traced() -> None:
+    """By tensors that have no numbers. Mutation: in `_forward_shape`, no `// (2 if …)`."""
+    with FakeTensorMode():
+        x = torch.zeros(2000, 64, requires_grad=True)
+        y = glu(gelu(x, x[0]), None)
+        y.sum().backward()
+    assert y.shape == (2000, 32)
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("rows", [4, 1600])
 def test_layers_are_the_same(rows: int) -> None:
-    """With few rows and many, outputs and gradients, those of the biases among them.
+    """With few rows and many, outputs and gradients, those of the biases among them; and hooks of the layers run.
 
-    Mutation: in `apart`, `(self(x), self.bias)`, or `None` for the bias.
+    Mutations: in `Linear.forward`, `then(self._affine(x, self.bias), self.bias)`, or `None` for the first one's bias.
     """
     torch.manual_seed(0)
     x = numbers(1, rows, 64).requires_grad_()
     ff, block = FeedForward(64, 2), S4Block(S4(64, 4), 64, glu=True)
     assert serves(x) == (rows == 1600)
+    called = []
+    for layer in (ff.expand, block.output):
+        layer.register_forward_hook(lambda layer, *_: called.append(layer))
     for layer, expected in (
         (lambda x: ff(x)[0], ff.contract(F.gelu(ff.expand(x)))),
         (block.mix, F.glu(block.output(F.gelu(x)), dim=-1)),
@@ -121,6 +142,7 @@ def test_layers_are_the_same(rows: int) -> None:
         actual = [y, *torch.autograd.grad(y.sum(), parameters)]
         for one, other in zip(actual, [expected, *torch.autograd.grad(expected.sum(), parameters)], strict=True):
             assert relative(one, other) < 1e-5
+    assert called == [ff.expand, block.output] * 2
 
 
 @pytest.fixture

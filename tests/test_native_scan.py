@@ -144,6 +144,21 @@ def test_it_is_near_in_float32(dt: float) -> None:
         assert relative(actual.double(), expected) < (1e-3 if i else 1e-4)
 
 
+def test_what_is_kept_may_lie_anywhere() -> None:
+    """Such as what a hook of autograd keeps in a memory of its own. Mutation: in `_aligned`, `% 1`."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        return kept.copy_(tensor)
+
+    s4 = layer(3, 6)
+    u, _ = signal(s4, 2, 200)
+    expected = torch.autograd.grad(s4(u)[0].sum(), u)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y, _ = s4(u)
+    assert torch.equal(torch.autograd.grad(y.sum(), u)[0], expected[0])
+
+
 def test_any_number_of_threads() -> None:
     """Gives the same bits. Mutation: in `for_channels`, `h < H` -> `h < H / threads * threads`."""
     s4 = layer(71, 8, dtype=torch.float32)

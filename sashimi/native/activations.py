@@ -13,13 +13,13 @@ class Tables(ctypes.Structure):
 
 def tables() -> Tables:
     """Polynomials for float32, by interpolation at Chebyshev's nodes."""
-    half = math.log(2) / 2
+    erf_end, slope_end, half = 4, 6, math.log(2) / 2  # the ends as in activations.h
 
     def erf_ratio(s: np.ndarray) -> np.ndarray:
-        return np.array([math.erf(z) / z for z in 4 * np.sqrt((s + 1) / 2)])
+        return np.array([math.erf(z) / z for z in erf_end * np.sqrt((s + 1) / 2)])
 
     def slope_ratio(s: np.ndarray) -> np.ndarray:  # GELU' is Φ + x φ, with the normal distribution's
-        x = 6 * np.sqrt((s + 1) / 2)
+        x = slope_end * np.sqrt((s + 1) / 2)
         density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
         return np.array([0.5 * math.erf(z / math.sqrt(2)) / z for z in x]) + density
 

@@ -1,7 +1,7 @@
 // Products of matrices, and their transposes, that suit the sizes of a state space: what a channel's caches hold.
 //
-// Matrices are row-major, and their rows, but for a transpose's, are whole vectors of W numbers, in memory too. Written for
-// gcc's and clang's vector extensions, so for any instruction set.
+// Matrices are row-major. Where no more is said, a row is a number of whole vectors and begins at a multiple of BYTES.
+// Written for gcc's and clang's vector extensions, so for any instruction set.
 
 #pragma once
 
@@ -31,7 +31,7 @@ template <class F> struct Vector {
     static constexpr int64_t W = BYTES / sizeof(F);
 };
 
-// Of numbers that lie in whole vectors.
+// The vector that begins at a multiple of BYTES.
 template <class F> typename Vector<F>::V& at(F* x) { return *(typename Vector<F>::V*)x; }
 template <class F> const typename Vector<F>::V& at(const F* x) { return *(const typename Vector<F>::V*)x; }
 
@@ -83,7 +83,7 @@ void tiles(int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* 
     for (; j < n; j += W) tile<F, R, 1>(k, A, row, col, B + j, ldb, C + j, ldc, add);
 }
 
-// C = A B, or C += A B. A (m, k) lies by strides `row` and `col`; of B (k, n) and C (m, n) each row is whole vectors.
+// C = A B, or C += A B. A (m, k) lies anywhere, by strides `row` and `col`.
 template <class F>
 void multiply(int64_t m, int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C,
               int64_t ldc, bool add) {

@@ -10,14 +10,14 @@
 // is one product, where squaring A would take six.
 //
 // Shapes: B batch, L samples, H channels, N real states, [real parts, imaginary parts], each half padded with zeros to
-// whole vectors; chunks of T samples, n of them a signal. Signals here are (H, B, n T), and their ends beyond L zero.
+// whole vectors; chunks of T samples, n of them a signal. Signals here are (H, B, n T); those that are read end in zeros.
 
 #include "products.h"
 
 namespace {
 
 constexpr int64_t T = 64;      // samples of a chunk
-constexpr int64_t BLOCK = 60;  // chunks at a time, which with all that comes of them stay in the nearer caches
+constexpr int64_t BLOCK = 60;  // chunks of each of ROWS signals at a time: what comes of them stays in the nearer caches
 
 // --- one channel ---------------------------------------------------------------------------------------------------
 
@@ -222,8 +222,8 @@ template <class F> struct Backward : Channel<F> {
 constexpr int64_t LINE = 16;    // of float, a line of the cache
 constexpr int64_t STRIP = 256;  // samples of a signal that are copied at a time
 
-// (B, L, H) -> (H, B, n T), and back.
-template <class F> void to_signals(int64_t B, int64_t L, int64_t H, int64_t threads, const F* x, F* y) {
+// (B, L, H) -> (H, B, n T), and back. All functions return whether there was enough memory.
+template <class F> int to_signals(int64_t B, int64_t L, int64_t H, int64_t threads, const F* x, F* y) {
     const int64_t length = (L + T - 1) / T * T;
 #pragma omp parallel for num_threads(threads) collapse(2)
     for (int64_t b = 0; b < B; b++)
@@ -233,8 +233,9 @@ template <class F> void to_signals(int64_t B, int64_t L, int64_t H, int64_t thre
             for (int64_t h = 0; h < H && first + STRIP >= length; h++)
                 std::fill(y + (h * B + b) * length + L, y + (h * B + b + 1) * length, 0);
         }
+    return 1;
 }
-template <class F> void from_signals(int64_t B, int64_t L, int64_t H, int64_t threads, const F* x, F* y) {
+template <class F> int from_signals(int64_t B, int64_t L, int64_t H, int64_t threads, const F* x, F* y) {
     const int64_t length = (L + T - 1) / T * T;
 #pragma omp parallel for num_threads(threads) collapse(2)
     for (int64_t b = 0; b < B; b++)
@@ -242,6 +243,7 @@ template <class F> void from_signals(int64_t B, int64_t L, int64_t H, int64_t th
             for (int64_t h = 0; h < H; h += LINE)
                 transpose(x + (h * B + b) * length + t, std::min(LINE, H - h), std::min(STRIP, L - t), B * length,
                           y + (b * L + t) * H + h, H);
+    return 1;
 }
 
 // Does each channel, on any thread. Returns whether there was memory for all of them.
@@ -317,10 +319,10 @@ int backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const 
 
 extern "C" {
 int64_t vector_bytes() { return BYTES; }
-void to_signals_float(SIGNALS(float)) { to_signals(B, L, H, threads, x, y); }
-void to_signals_double(SIGNALS(double)) { to_signals(B, L, H, threads, x, y); }
-void from_signals_float(SIGNALS(float)) { from_signals(B, L, H, threads, x, y); }
-void from_signals_double(SIGNALS(double)) { from_signals(B, L, H, threads, x, y); }
+int to_signals_float(SIGNALS(float)) { return to_signals(B, L, H, threads, x, y); }
+int to_signals_double(SIGNALS(double)) { return to_signals(B, L, H, threads, x, y); }
+int from_signals_float(SIGNALS(float)) { return from_signals(B, L, H, threads, x, y); }
+int from_signals_double(SIGNALS(double)) { return from_signals(B, L, H, threads, x, y); }
 int forward_float(FORWARD(float)) { return forward(B, L, H, P, threads, params, u, x, states, y, last); }
 int forward_double(FORWARD(double)) { return forward(B, L, H, P, threads, params, u, x, states, y, last); }
 int backward_float(BACKWARD(float)) {

@@ -7,7 +7,6 @@ Signals in compiled code are (H, B, M), M being L rounded up to whole chunks, so
 import ctypes
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ def scan(system: Recurrence, D: Tensor, u: Tensor, x: Tensor | None = None) -> t
     None. Every bit is the same for any number of threads. Raises MemoryError.
     """
     parameters = _parameters(system, D)
-    before = u.new_zeros(len(u), len(D), len(parameters[0]) // 5) if x is None else _padded(x)
+    before = u.new_zeros(len(u), len(D), parameters.shape[-1] // 5) if x is None else _padded(x)
     y, after = Scan.apply(parameters, u, before)
     if x is None:
         return y, None
@@ -54,10 +53,11 @@ def scan(system: Recurrence, D: Tensor, u: Tensor, x: Tensor | None = None) -> t
 
 
 def kernel(system: Recurrence, length: int) -> Tensor:
-    """K_l = C A^l B for l < length, (H, length), on a CPU, in float32 or float64: what the states from B on give.
+    """K_l = C A^l B for l < length, (H, length), length >= 1, on a CPU, in float32 or float64, from the states A^l B.
 
-    C and B as they are give the first, and each state after B the next. Raises MemoryError.
+    C B is the first, and what the recurrence gives from state B on are the others. Raises MemoryError.
     """
+    assert length >= 1, length
     first = (system.C * system.B).sum(-1, keepdim=True)
     if length == 1:
         return first
@@ -120,19 +120,19 @@ def _vector(dtype: torch.dtype) -> int:
     return _library().vector_bytes() // dtype.itemsize
 
 
-def _function(name: str, *tensors: Tensor | None) -> Callable[..., int]:
-    """One of scan.cpp, for these tensors: of their sizes, and after those their places."""
+def _call(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
+    """A function of scan.cpp; sizes are B, L, H and, of the recurrence, P. Raises MemoryError."""
     given = [tensor for tensor in tensors if tensor is not None]
     assert all(tensor.dtype == given[0].dtype and tensor.is_contiguous() for tensor in given)
-    places = [ctypes.c_void_p(tensor if tensor is None else tensor.data_ptr()) for tensor in tensors]
     function = getattr(_library(), f"{name}_{_NAMES[given[0].dtype]}")
-    return lambda *sizes: function(*map(ctypes.c_int64, (*sizes, torch.get_num_threads())), *places)
+    places = (ctypes.c_void_p(tensor if tensor is None else tensor.data_ptr()) for tensor in tensors)
+    if not function(*map(ctypes.c_int64, (*sizes, torch.get_num_threads())), *places):
+        raise MemoryError(f"{name} of a state space of {sizes[2]} channels and {2 * sizes[3]} states")
 
 
-def _run(direction: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
-    """The recurrence, "forward" or "backward"; sizes are B, L, H and P."""
-    if not _function(direction, *tensors)(*sizes):
-        raise MemoryError(f"{direction} of a state space of {sizes[2]} channels and {2 * sizes[3]} states")
+def _aligned(saved: Tensor) -> Tensor:
+    """As torch allocates it, with vectors in lines of the cache; what kept it for a gradient may have moved it."""
+    return saved if saved.data_ptr() % 64 == 0 else saved.clone()
 
 
 @torch.library.custom_op("sashimi::scan", mutates_args=(), device_types="cpu")
@@ -144,9 +144,9 @@ def _forward(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, 
     assert parameters.shape == (H, 5 * N + 1)
     y, after, signals, states = _forward_shapes(parameters, u, x)
     outputs = torch.empty_like(signals)
-    _function("to_signals", u, signals)(B, L, H)
-    _run("forward", (B, L, H, N // 2), parameters, signals, x, states, outputs, after)
-    _function("from_signals", outputs, y)(B, L, H)
+    _call("to_signals", (B, L, H), u, signals)
+    _call("forward", (B, L, H, N // 2), parameters, signals, x, states, outputs, after)
+    _call("from_signals", (B, L, H), outputs, y)
     return y, after, signals, states
 
 
@@ -161,13 +161,14 @@ def _forward_shapes(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, T
 @torch.library.custom_op("sashimi::scan_backward", mutates_args=(), device_types="cpu")
 def _backward(parameters: Tensor, signals: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parameters, d_y = parameters.contiguous(), d_y.contiguous()
+    signals, states = _aligned(signals), _aligned(states)
     (B, L, H), N = d_y.shape, states.shape[-1]
     d_parameters, d_u, d_x = _backward_shapes(parameters, signals, states, d_y)
     d_outputs, d_signals = torch.empty_like(signals), torch.empty_like(signals)
-    _function("to_signals", d_y, d_outputs)(B, L, H)
+    _call("to_signals", (B, L, H), d_y, d_outputs)
     tensors = (parameters, signals, states, d_outputs, d_signals, d_x, d_parameters)
-    _run("backward", (B, L, H, N // 2), *tensors)
-    _function("from_signals", d_signals, d_u)(B, L, H)
+    _call("backward", (B, L, H, N // 2), *tensors)
+    _call("from_signals", (B, L, H), d_signals, d_u)
     return d_parameters, d_u, d_x
 
 
@@ -181,7 +182,7 @@ def _backward_shapes(parameters: Tensor, signals: Tensor, states: Tensor, d_y: T
 def _response(parameters: Tensor, x: Tensor, length: int) -> tuple[Tensor, Tensor]:
     parameters, x = parameters.contiguous(), x.contiguous()
     y, states = _response_shapes(parameters, x, length)
-    _run("forward", (1, length, len(x), x.shape[-1] // 2), parameters, None, x, states, y, None)
+    _call("forward", (1, length, len(x), x.shape[-1] // 2), parameters, None, x, states, y, None)
     return y, states
 
 
@@ -193,11 +194,12 @@ def _response_shapes(parameters: Tensor, x: Tensor, length: int) -> tuple[Tensor
 
 @torch.library.custom_op("sashimi::response_backward", mutates_args=(), device_types="cpu")
 def _response_backward(parameters: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    parameters, (H, length), N = parameters.contiguous(), d_y.shape, states.shape[-1]
+    parameters, states = parameters.contiguous(), _aligned(states)
+    (H, length), N = d_y.shape, states.shape[-1]
     d_parameters, d_x = _response_backward_shapes(parameters, states, d_y)
     d_signals = d_y.new_zeros(H, -(-length // CHUNK) * CHUNK)
     d_signals[:, :length] = d_y
-    _run("backward", (1, length, H, N // 2), parameters, None, states, d_signals, None, d_x, d_parameters)
+    _call("backward", (1, length, H, N // 2), parameters, None, states, d_signals, None, d_x, d_parameters)
     return d_parameters, d_x
 
 
