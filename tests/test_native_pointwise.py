@@ -110,7 +110,7 @@ def test_torch_compile_makes_its_own() -> None:
 
 
 def test_it_may_be_traced() -> None:
-    """By tensors that have no numbers. Mutation: in `_forward_shape`, no `// (2 if …)`."""
+    """By tensors that have no numbers. Mutation: no `@_forward.register_fake`."""
     with FakeTensorMode():
         x = torch.zeros(2000, 64, requires_grad=True)
         y = glu(gelu(x, x[0]), None)
