@@ -299,7 +299,8 @@ int backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const 
             std::fill(channel.d_states.begin(), channel.d_states.end(), 0);
             for (int64_t k = (n - 1) / BLOCK * BLOCK; k >= 0; k -= BLOCK)
                 channel.block(rows, std::min(BLOCK, n - k), length, size, u ? u + place + k * T : nullptr,
-                              states + (h * B + b) * size + k * N, d_y + place + k * T, u ? d_u + place + k * T : nullptr);
+                              states + (h * B + b) * size + k * N, d_y + place + k * T,
+                              u ? d_u + place + k * T : nullptr);
             for (int64_t r = 0; r < rows; r++)
                 std::copy_n(&channel.d_states[r * (BLOCK + 1) * N], N, d_x + ((b + r) * H + h) * N);
         }
