@@ -184,11 +184,11 @@ def kernels(layers: Sequence[S4], length: int) -> list[Tensor | None]:
 def _kernel(name: str, recurrence: ssm.Recurrence, length: int) -> Tensor:
     if name == "vandermonde":
         return ssm.vandermonde_kernel(recurrence, length)
-    if in_chunks(recurrence.B.device) and _has_compiled_code(recurrence):
+    if _has_compiled_code(recurrence):
         return native.kernel(recurrence, length)
     return ssm.krylov_kernel(recurrence.dense(), recurrence.B, recurrence.C, length)
 
 
 def _has_compiled_code(recurrence: ssm.Recurrence) -> bool:
-    """If it is of exactly this kind: A may be another matrix in a subclass."""
-    return type(recurrence) is ssm.Recurrence and recurrence.B.device.type == "cpu" and native.is_available()
+    """On CPUs, if it is of exactly this kind: A may be another matrix in a subclass."""
+    return type(recurrence) is ssm.Recurrence and in_chunks(recurrence.B.device) and native.is_available()

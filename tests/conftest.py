@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from sashimi.native import scan as native_scan
+from sashimi.native.library import library, library_or_none
 from sashimi.shard_writer import write_split
 from sashimi.split import Split
 
@@ -50,6 +51,16 @@ def scans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     if request.param == "plain":
         monkeypatch.setattr(native_scan, "is_available", lambda: False)
     return request.param
+
+
+@pytest.fixture
+def nothing_loaded() -> Iterator[None]:
+    """No compiled code has been asked for, at a test's beginning and after it."""
+    for kept in (library, library_or_none):
+        kept.cache_clear()
+    yield
+    for kept in (library, library_or_none):
+        kept.cache_clear()
 
 
 @pytest.fixture(scope="session")

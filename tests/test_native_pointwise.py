@@ -1,6 +1,6 @@
 """Compiled GELU and GLU: PyTorch's, with the bias of the Linear layer before, whatever the size; and when they run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trained_like import relative
 
 from sashimi.layers import FeedForward, S4Block
-from sashimi.native import pointwise
-from sashimi.native.library import library
 from sashimi.native.pointwise import gelu, glu, serves
 from sashimi.s4 import S4
 
@@ -50,7 +48,7 @@ def test_it_is_pytorchs(shape: tuple[int, ...], name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_it_takes_what_is_not_contiguous(name: str) -> None:
-    """A transpose, and its gradient. Mutation: in `backward`, no `d_y.contiguous()`."""
+    """A transpose, and its gradient. Mutation: in `_backward`, no `d_y.contiguous()`."""
     compiled, reference = CALLS[name]
     x = numbers(200, 300).mT.requires_grad_()
     weights = numbers(x.shape[1] // (2 if name == "glu" else 1), 300).mT
@@ -145,19 +143,9 @@ def test_layers_are_the_same(rows: int) -> None:
     assert called == [ff.expand, block.output] * 2
 
 
-@pytest.fixture
-def nothing_loaded() -> Iterator[None]:
-    """No compiled code has been asked for, at this test's beginning and after it."""
-    library.cache_clear()
-    pointwise._loaded.cache_clear()
-    yield
-    library.cache_clear()
-    pointwise._loaded.cache_clear()
-
-
 @pytest.mark.usefixtures("nothing_loaded")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """PyTorch does it, which is said once. Mutation: in `_loaded`, no `functools.cache`, or no warning."""
+    """PyTorch does it, which is said once. Mutation: in `library_or_none`, no `functools.cache`, or no warning."""
     x = numbers(1600, 64)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.warns(UserWarning, match="GELU and GLU run in PyTorch.*there is no C\\+\\+ compiler") as said:

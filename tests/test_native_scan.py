@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -211,19 +210,9 @@ def test_layers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert s4.kernel(10)[1] == 10
 
 
-@pytest.fixture
-def nothing_loaded() -> Iterator[None]:
-    """No compiled code has been asked for, at this test's beginning and after it."""
-    library.cache_clear()
-    native._loaded.cache_clear()
-    yield
-    library.cache_clear()
-    native._loaded.cache_clear()
-
-
 @pytest.mark.usefixtures("nothing_loaded")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """PyTorch does it, which is said once. Mutation: in `_loaded`, no `functools.cache`, or no warning."""
+    """PyTorch does it, which is said once. Mutation: in `library_or_none`, no `functools.cache`, or no warning."""
     s4 = layer(4, 8)
     u, _ = signal(s4, 1, 100)
     r = s4.recurrence()

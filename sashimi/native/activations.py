@@ -1,6 +1,7 @@
 """What activations.h computes GELU and the logistic function by."""
 
 import ctypes
+import functools
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ class Tables(ctypes.Structure):
     _fields_ = (("erf", ctypes.c_float * 19), ("exp", ctypes.c_float * 8), ("slope", ctypes.c_float * 22))
 
 
+@functools.cache
 def tables() -> Tables:
     """Polynomials for float32, by interpolation at Chebyshev's nodes."""
     erf_end, slope_end, half = 4, 6, math.log(2) / 2  # the ends as in activations.h

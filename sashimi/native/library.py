@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL:
         raise Unavailable(f"{compiler} failed: {(error.stderr or 'it gave no reason').splitlines()[0]}") from error
     except (OSError, RuntimeError) as error:
         raise Unavailable(f"it cannot be compiled or loaded: {error}") from error
+
+
+@functools.cache
+def library_or_none(name: str, what: str, *more_flags: str) -> ctypes.CDLL | None:
+    """`library`; None where there is none, and PyTorch does `what` instead, which is said once."""
+    try:
+        return library(name, *more_flags)
+    except Unavailable as reason:
+        warnings.warn(f"{what} run in PyTorch, compiled code is not to be had: {reason}", stacklevel=3)
+        return None
 
 
 def _cpu() -> bytes:

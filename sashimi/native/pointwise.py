@@ -5,8 +5,6 @@ with the bias's. PyTorch's own GELU and GLU are as fast forward, and take two an
 """
 
 import ctypes
-import functools
-import warnings
 from typing import Any
 
 import torch
@@ -14,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sashimi.errors import Unavailable
-from sashimi.native.activations import Tables, tables
-from sashimi.native.library import library
+from sashimi.native.activations import tables
+from sashimi.native.library import library_or_none
 
 _FEWEST = 1 << 15  # numbers: for fewer it does not pay
 _ROWS = 64  # that a thread takes at a time, and whose part of the bias's gradient is summed up by itself
@@ -25,7 +22,7 @@ _ROWS = 64  # that a thread takes at a time, and whose part of the bias's gradie
 def serves(x: Tensor) -> bool:
     """Whether `gelu` and `glu` are compiled code here; torch.compile makes its own. It has no second derivatives."""
     other = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
-    return not other and x.numel() >= _FEWEST and not torch.compiler.is_compiling() and _loaded() is not None
+    return not other and x.numel() >= _FEWEST and not torch.compiler.is_compiling() and _library() is not None
 
 
 def gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -97,19 +94,12 @@ def _call(name: str, y: Tensor, *tensors: Tensor | None) -> None:
     """A function of pointwise.cpp, for the size of y."""
     given = [tensor for tensor in tensors if tensor is not None]
     assert all(tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in given)
-    loaded = _loaded()
-    assert loaded is not None
-    compiled, fitted = loaded
+    compiled = _library()
+    assert compiled is not None
     sizes = map(ctypes.c_int64, (y.numel() // y.shape[-1], y.shape[-1], _ROWS, torch.get_num_threads()))
     places = (ctypes.c_void_p(tensor if tensor is None else tensor.data_ptr()) for tensor in tensors)
-    compiled[name](*sizes, ctypes.byref(fitted), *places)
+    compiled[name](*sizes, ctypes.byref(tables()), *places)
 
 
-@functools.cache
-def _loaded() -> tuple[ctypes.CDLL, Tables] | None:
-    """pointwise.cpp, and what its functions need; None, if it is not to be had, which is said."""
-    try:
-        return library("pointwise", "-fopenmp"), tables()
-    except Unavailable as reason:
-        warnings.warn(f"GELU and GLU run in PyTorch, compiled code is not to be had: {reason}", stacklevel=3)
-        return None
+def _library() -> ctypes.CDLL | None:
+    return library_or_none("pointwise", "GELU and GLU", "-fopenmp")

@@ -5,8 +5,6 @@ Signals in compiled code are (H, B, M), M being L rounded up to whole chunks, so
 """
 
 import ctypes
-import functools
-import warnings
 from typing import Any
 
 import torch
@@ -14,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sashimi.errors import Unavailable
-from sashimi.native.library import library
+from sashimi.native.library import library, library_or_none
 from sashimi.ssm import Recurrence
 
 CHUNK = 64  # samples, as in scan.cpp
@@ -25,17 +22,7 @@ _NAMES = {torch.float32: "float", torch.float64: "double"}
 @torch.compiler.assume_constant_result
 def is_available() -> bool:
     """Whether there is compiled code for this CPU; if not, the reason has been said once."""
-    return _loaded()
-
-
-@functools.cache
-def _loaded() -> bool:
-    try:
-        _library()
-    except Unavailable as reason:
-        warnings.warn(f"state spaces run in PyTorch, compiled code is not to be had: {reason}", stacklevel=3)
-        return False
-    return True
+    return library_or_none("scan", "state spaces", "-fopenmp") is not None
 
 
 def scan(system: Recurrence, D: Tensor, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
