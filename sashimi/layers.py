@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sashimi.linear import Linear
-from sashimi.native.pointwise import gelu, glu
 from sashimi.s4 import S4, S4State
 
 
@@ -40,7 +39,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
-        return self.contract(self.expand(x, gelu)), None
+        return self.contract(self.expand(x), gelu=True), None
 
     def step(self, x: Tensor, state: None) -> tuple[Tensor, None]:
         """x: (B, H) -> (B, H)."""
@@ -61,7 +60,7 @@ class S4Block(nn.Module):
 
     def mix(self, y: Tensor) -> Tensor:
         """What follows the state space, sample by sample. y: (..., H) -> (..., H)."""
-        return self.output(gelu(y), glu if self.glu else None)
+        return self.output(y, gelu=True, glu=self.glu)
 
     def forward(
         self, u: Tensor, state: S4State | None = None, kernel: Tensor | None = None

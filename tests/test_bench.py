@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, Call, command
 
+from sashimi.linear import Linear
 from sashimi.model import ModelConfig, Sashimi
 from sashimi.native import scan as native
 from sashimi.s4 import S4
@@ -110,9 +111,9 @@ def test_all_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compiled_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of scan.cpp, as counted by hand: 3 chunks of 2 signals of 5 channels with 32 states, vectors being full.
-    And 3 chunks of the kernel, which is outputs and states alone.
+    And 3 chunks of the kernel, which is outputs and states alone; and those of linear.cpp, once forward and twice back.
 
-    Mutation: leave `scan_backward` or `response_backward` out of `left_out`.
+    Mutation: leave `scan_backward`, `response_backward` or `linear_backward` out of `left_out`.
     """
     monkeypatch.syspath_prepend(ROOT / "tools")
     counted_flop = importlib.import_module("benchmarks.floors").counted_flop
@@ -126,6 +127,8 @@ def test_compiled_products_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counted == 2 * 5 * (once + 2 * 3 * (chunk + back))
     counted = counted_flop(lambda: native.kernel(s4.recurrence(), 131).sum().backward())
     assert counted == 2 * 5 * (once + 3 * (3 * inputs_outputs + 3 * states))
+    counted = counted_flop(lambda: Linear(64, 32)(torch.randn(2, 500, 64), gelu=True).sum().backward())
+    assert counted == 3 * 2 * 1000 * 64 * 32
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_it_is_near_in_float32(dt: float) -> None:
 
 
 def test_what_is_kept_may_lie_anywhere() -> None:
-    """Such as what a hook of autograd keeps in a memory of its own. Mutation: in `_aligned`, `% 1`."""
+    """Such as what a hook of autograd keeps in a memory of its own. Mutation: in `aligned`, `% 1`."""
 
     def keep(tensor: Tensor) -> Tensor:
         kept = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)

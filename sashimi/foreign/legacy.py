@@ -10,7 +10,6 @@ Shapes: **B** batch, **L** samples, **H** channels, **N** real state, N/2 comple
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sashimi import ssm
@@ -152,7 +151,7 @@ class UngatedFirst(S4Block):
 
     def mix(self, y: Tensor) -> Tensor:
         """y: (..., H) -> (..., H)."""
-        return F.glu(self.output(y), dim=-1) if self.glu else self.output(F.gelu(y))
+        return self.output(y, gelu=not self.glu, glu=self.glu)
 
 
 class GatedFeedForward(FeedForward):
@@ -164,7 +163,7 @@ class GatedFeedForward(FeedForward):
 
     def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
-        return self.contract(F.glu(self.expand(x), dim=-1)), None
+        return self.contract(self.expand(x, glu=True)), None
 
 
 class ShiftedFirst(UpPool):

@@ -3,34 +3,37 @@
 import ctypes
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
-from numpy.polynomial import Chebyshev, Polynomial
+from numpy.polynomial import Chebyshev, Polynomial, chebyshev
 
 
 class Tables(ctypes.Structure):
-    _fields_ = (("erf", ctypes.c_float * 19), ("exp", ctypes.c_float * 8), ("slope", ctypes.c_float * 22))
+    _fields_ = (("above", ctypes.c_float * 6), ("below", ctypes.c_float * 6), ("exp", ctypes.c_float * 7))
 
 
 @functools.cache
 def tables() -> Tables:
-    """Polynomials for float32, by interpolation at Chebyshev's nodes."""
-    erf_end, slope_end, half = 4, 6, math.log(2) / 2  # the ends as in activations.h
+    """For float32: the fraction at Chebyshev's nodes by least squares, exp by interpolation there."""
+    end, half = 5.75, math.log(2) / 2  # the ends as in activations.h
 
-    def erf_ratio(s: np.ndarray) -> np.ndarray:
-        return np.array([math.erf(z) / z for z in erf_end * np.sqrt((s + 1) / 2)])
+    def ratio(s: np.ndarray) -> np.ndarray:  # of Φ, the normal distribution's
+        return np.array([0.5 * math.erf(x / math.sqrt(2)) / x for x in end * np.sqrt((s + 1) / 2)])
 
-    def slope_ratio(s: np.ndarray) -> np.ndarray:  # GELU' is Φ + x φ, with the normal distribution's
-        x = slope_end * np.sqrt((s + 1) / 2)
-        density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
-        return np.array([0.5 * math.erf(z / math.sqrt(2)) / z for z in x]) + density
+    squares = Polynomial([-1, 2 / end**2])
+    exp = Chebyshev.interpolate(np.exp, 6, domain=[-half, half]).convert(kind=Polynomial)
+    fitted = (*(part.convert(kind=Polynomial)(squares) for part in _fraction(ratio, 5)), exp)
+    return Tables(*(type_(*one.coef[::-1]) for one, (_, type_) in zip(fitted, Tables._fields_, strict=True)))
 
-    def highest_first(polynomial: Chebyshev, type_: type) -> ctypes.Array:
-        return type_(*polynomial.convert(kind=Polynomial).coef[::-1])
 
-    fitted = (
-        Chebyshev.interpolate(erf_ratio, 18),
-        Chebyshev.interpolate(np.exp, 7, domain=[-half, half]),
-        Chebyshev.interpolate(slope_ratio, 21),
-    )
-    return Tables(*(highest_first(one, type_) for one, (_, type_) in zip(fitted, Tables._fields_, strict=True)))
+def _fraction(function: Callable[[np.ndarray], np.ndarray], degree: int) -> tuple[Chebyshev, Chebyshev]:
+    """Whose quotient is near `function` on [-1, 1], by relative errors."""
+    nodes = chebyshev.chebpts1(400)
+    values, powers, below = function(nodes), chebyshev.chebvander(nodes, degree), np.ones(400)
+    for _ in range(10):  # above - values below = 0, where below's first coefficient is 1, is linear in the others
+        equations = np.hstack((powers / values[:, None], -powers[:, 1:])) / below[:, None]
+        solved = np.linalg.lstsq(equations, 1 / below, rcond=None)[0]
+        coefficients = np.r_[1, solved[degree + 1 :]]
+        below = powers @ coefficients
+    return Chebyshev(solved[: degree + 1]), Chebyshev(coefficients)

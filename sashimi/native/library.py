@@ -10,6 +10,8 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from sashimi.atomic import write_file
 from sashimi.errors import Unavailable
 
@@ -55,6 +57,12 @@ def library_or_none(name: str, what: str, *more_flags: str) -> ctypes.CDLL | Non
     except Unavailable as reason:
         warnings.warn(f"{what} run in PyTorch, compiled code is not to be had: {reason}", stacklevel=3)
         return None
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Contiguous, and from where a line of the cache begins: as torch allocates, but not where it cuts out a part."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 64 == 0 else x.clone()
 
 
 def _cpu() -> bytes:

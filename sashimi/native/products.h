@@ -52,9 +52,11 @@ template <class F> using Numbers = std::vector<F, Aligned<F>>;
 
 template <class F, int R, int Q>
 inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
-                 bool add) {
+                 const F* plus, int64_t ldp) {
     using V = typename Vector<F>::V;
     constexpr int64_t W = Vector<F>::W;
+    for (int r = 0; plus != C && r < R; r++)  // so that it is there when the sums are
+        for (int q = 0; q < Q; q++) __builtin_prefetch(C + r * ldc + q * W, 1);
     V sum[R][Q];
     UNROLLED for (int r = 0; r < R; r++)
         UNROLLED for (int q = 0; q < Q; q++) sum[r][q] = V{};
@@ -68,29 +70,42 @@ inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, in
     }
     UNROLLED for (int r = 0; r < R; r++)
         UNROLLED for (int q = 0; q < Q; q++) {
-            V& c = at(C + r * ldc + q * W);
-            c = add ? c + sum[r][q] : sum[r][q];
+            at(C + r * ldc + q * W) = plus ? at(plus + r * ldp + q * W) + sum[r][q] : sum[r][q];
         }
 }
 
 template <class F, int R>
 void tiles(int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C, int64_t ldc,
-           bool add) {
-    constexpr int64_t W = Vector<F>::W;
+           const F* plus, int64_t ldp) {
+    const auto columns = [&](auto count, int64_t j) {
+        tile<F, R, count.value>(k, A, row, col, B + j, ldb, C + j, ldc, plus ? plus + j : nullptr, ldp);
+        return j + count.value * Vector<F>::W;
+    };
     int64_t j = 0;
-    for (; j + COLUMNS * W <= n; j += COLUMNS * W) tile<F, R, COLUMNS>(k, A, row, col, B + j, ldb, C + j, ldc, add);
-    for (; j + 2 * W <= n; j += 2 * W) tile<F, R, 2>(k, A, row, col, B + j, ldb, C + j, ldc, add);
-    for (; j < n; j += W) tile<F, R, 1>(k, A, row, col, B + j, ldb, C + j, ldc, add);
+    while (j + COLUMNS * Vector<F>::W <= n) j = columns(std::integral_constant<int, COLUMNS>(), j);
+    while (j + 2 * Vector<F>::W <= n) j = columns(std::integral_constant<int, 2>(), j);
+    while (j < n) j = columns(std::integral_constant<int, 1>(), j);
 }
 
-// C = A B, or C += A B. A (m, k) lies anywhere, by strides `row` and `col`.
+// C = A B + plus, rows of which begin `ldp` apart: it may be C, or one row, with 0; or null. A (m, k) lies anywhere, by
+// strides `row` and `col`.
+template <class F>
+void multiply(int64_t m, int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C,
+              int64_t ldc, const F* plus, int64_t ldp) {
+    const auto rows = [&](auto count) {
+        tiles<F, count.value>(n, k, A, row, col, B, ldb, C, ldc, plus, ldp);
+        m -= count.value, A += count.value * row, C += count.value * ldc, plus += plus ? count.value * ldp : 0;
+    };
+    while (m >= ROWS) rows(std::integral_constant<int, ROWS>());
+    while (m >= 2) rows(std::integral_constant<int, 2>());
+    if (m == 1) rows(std::integral_constant<int, 1>());
+}
+
+// C = A B, or C += A B.
 template <class F>
 void multiply(int64_t m, int64_t n, int64_t k, const F* A, int64_t row, int64_t col, const F* B, int64_t ldb, F* C,
               int64_t ldc, bool add) {
-    for (; m >= ROWS; m -= ROWS, A += ROWS * row, C += ROWS * ldc)
-        tiles<F, ROWS>(n, k, A, row, col, B, ldb, C, ldc, add);
-    for (; m >= 2; m -= 2, A += 2 * row, C += 2 * ldc) tiles<F, 2>(n, k, A, row, col, B, ldb, C, ldc, add);
-    if (m == 1) tiles<F, 1>(n, k, A, row, col, B, ldb, C, ldc, add);
+    multiply<F>(m, n, k, A, row, col, B, ldb, C, ldc, add ? C : nullptr, ldc);
 }
 
 template <class F> F dot(const F* x, const F* y, int64_t n) {

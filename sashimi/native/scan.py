@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sashimi.native.library import library, library_or_none
+from sashimi.native.library import aligned, library, library_or_none
 from sashimi.ssm import Recurrence
 
 CHUNK = 64  # samples, as in scan.cpp
@@ -117,11 +117,6 @@ def _call(name: str, sizes: tuple[int, ...], *tensors: Tensor | None) -> None:
         raise MemoryError(f"{name} of a state space of {sizes[2]} channels and {2 * sizes[3]} states")
 
 
-def _aligned(saved: Tensor) -> Tensor:
-    """As torch allocates it, with vectors in lines of the cache; what kept it for a gradient may have moved it."""
-    return saved if saved.data_ptr() % 64 == 0 else saved.clone()
-
-
 @torch.library.custom_op("sashimi::scan", mutates_args=(), device_types="cpu")
 def _forward(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parameters, u, x = parameters.contiguous(), u.contiguous(), x.contiguous()
@@ -148,7 +143,7 @@ def _forward_shapes(parameters: Tensor, u: Tensor, x: Tensor) -> tuple[Tensor, T
 @torch.library.custom_op("sashimi::scan_backward", mutates_args=(), device_types="cpu")
 def _backward(parameters: Tensor, signals: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parameters, d_y = parameters.contiguous(), d_y.contiguous()
-    signals, states = _aligned(signals), _aligned(states)
+    signals, states = aligned(signals), aligned(states)
     (B, L, H), N = d_y.shape, states.shape[-1]
     d_parameters, d_u, d_x = _backward_shapes(parameters, signals, states, d_y)
     d_outputs, d_signals = torch.empty_like(signals), torch.empty_like(signals)
@@ -181,7 +176,7 @@ def _response_shapes(parameters: Tensor, x: Tensor, length: int) -> tuple[Tensor
 
 @torch.library.custom_op("sashimi::response_backward", mutates_args=(), device_types="cpu")
 def _response_backward(parameters: Tensor, states: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    parameters, states = parameters.contiguous(), _aligned(states)
+    parameters, states = parameters.contiguous(), aligned(states)
     (H, length), N = d_y.shape, states.shape[-1]
     d_parameters, d_x = _response_backward_shapes(parameters, states, d_y)
     d_signals = d_y.new_zeros(H, -(-length // CHUNK) * CHUNK)

@@ -86,7 +86,7 @@ def large_copy(device: torch.device) -> tuple[Callable[[], Any], int]:
 
 
 def counted_flop(function: Callable[[], Any]) -> int:
-    """FLOP of all matrix products that a function has done, as torch counts them, and of those in scan.cpp."""
+    """FLOP of all matrix products that a function has done, as torch counts them, and of those in compiled code."""
 
     def batched(added: Any, left: torch.Size, right: torch.Size, **_: Any) -> int:
         return 2 * left.numel() * right[-1]
@@ -107,8 +107,16 @@ def counted_flop(function: Callable[[], Any]) -> int:
         (H, length), N, T = d_y, states[-1], CHUNK
         return 2 * H * (3 * N * N * T + -(-length // T) * (2 * T * N + 2 * N * N))
 
+    def linear(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * x.numel() * weight[0]
+
+    def linear_backward(*shapes: Any, **_: Any) -> int:
+        return 2 * linear(*shapes)
+
     left_out = {
         torch.ops.aten.baddbmm_: batched,
+        torch.ops.sashimi.linear: linear,
+        torch.ops.sashimi.linear_backward: linear_backward,
         torch.ops.sashimi.scan: forward,
         torch.ops.sashimi.scan_backward: backward,
         torch.ops.sashimi.response: response,
