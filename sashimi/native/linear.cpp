@@ -20,11 +20,19 @@ constexpr int64_t W = sizeof(V32) / sizeof(float);
 V32& vec(float* x) { return *(V32*)x; }
 const V32& vec(const float* x) { return *(const V32*)x; }
 
-// C (m, n) = A B + plus, as `multiply` has it, by panels of B, which stay in the nearest cache for all rows.
+// C (m, n) = A B + plus, as `multiply` has it, by panels of B, which stay in the nearest cache for all rows. Of C, if it
+// is not added to, the rows are fetched while they are computed: they come from memory, though only to be written.
 void by_panels(int64_t m, int64_t n, int64_t k, const float* A, int64_t row, int64_t col, const float* B, float* C,
                const float* plus, int64_t ldp) {
     for (int64_t j = 0; j < n; j += PANEL)
-        multiply<float>(m, std::min(PANEL, n - j), k, A, row, col, B + j, n, C + j, n, plus ? plus + j : nullptr, ldp);
+        for (int64_t i = 0; i < m; i += ROWS) {
+            const int64_t rows = std::min<int64_t>(ROWS, m - i), columns = std::min(PANEL, n - j);
+            float* out = C + i * n + j;
+            for (int64_t r = 0; plus != C && r < rows; r++)
+                for (int64_t c = 0; c < columns; c += W) __builtin_prefetch(out + r * n + c, 1);
+            multiply<float>(rows, columns, k, A + i * row, row, col, B + j, n, out, n,
+                            plus ? plus + i * ldp + j : nullptr, ldp);
+        }
 }
 
 struct Layer {

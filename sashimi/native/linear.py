@@ -15,7 +15,8 @@ from sashimi.native.activations import tables
 from sashimi.native.library import aligned, library_or_none
 
 _VECTOR = 16  # numbers
-_FEWEST = 1 << 15  # numbers: for fewer it does not pay
+_FEWEST = 1 << 15  # numbers of x: for fewer it does not pay
+_MOST = 1 << 20  # weights: more do not stay in the caches, which PyTorch's libraries are made for
 _PART, _PARTS = 512, 32  # rows at least, and parts at most, of which each sums up the parameters' gradients by itself
 
 
@@ -23,7 +24,7 @@ def serves(x: Tensor, weight: Tensor, glu: bool) -> bool:
     """Whether `linear` is for such inputs; torch.compile makes its own code. It has no second derivatives."""
     of_floats = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (x, weight))
     whole = weight.shape[1] % _VECTOR == 0 and weight.shape[0] % (2 * _VECTOR if glu else _VECTOR) == 0
-    if not of_floats or not whole or x.numel() < _FEWEST:
+    if not of_floats or not whole or x.numel() < _FEWEST or weight.numel() > _MOST:
         return False
     return not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() and _library() is not None
 

@@ -55,8 +55,6 @@ inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, in
                  const F* plus, int64_t ldp) {
     using V = typename Vector<F>::V;
     constexpr int64_t W = Vector<F>::W;
-    for (int r = 0; plus != C && r < R; r++)  // so that it is there when the sums are
-        for (int q = 0; q < Q; q++) __builtin_prefetch(C + r * ldc + q * W, 1);
     V sum[R][Q];
     UNROLLED for (int r = 0; r < R; r++)
         UNROLLED for (int q = 0; q < Q; q++) sum[r][q] = V{};
