@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from sashimi.linear import Linear
-from sashimi.s4 import S4, S4State
+from sashimi.s4 import S4, Made, S4State
 
 
 class ScalarNorm(nn.Module):
@@ -37,7 +37,7 @@ class FeedForward(nn.Module):
         self.expand = Linear(d_model, ff * d_model)
         self.contract = Linear(ff * d_model, d_model)
 
-    def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, state: None = None, made: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
         return self.contract(self.expand(x), gelu=True), None
 
@@ -63,10 +63,10 @@ class S4Block(nn.Module):
         return self.output(y, gelu=True, glu=self.glu)
 
     def forward(
-        self, u: Tensor, state: S4State | None = None, kernel: Tensor | None = None
+        self, u: Tensor, state: S4State | None = None, made: Made | None = None
     ) -> tuple[Tensor, S4State | None]:
-        """u: (B, L, H) -> (B, L, H); `kernel` as in `S4.forward`."""
-        y, state = self.s4(u, state, kernel)
+        """u: (B, L, H) -> (B, L, H); `made` as in `S4.forward`."""
+        y, state = self.s4(u, state, made)
         return self.mix(y), state
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
@@ -88,10 +88,10 @@ class Residual(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, state: S4State | None = None, kernel: Tensor | None = None
+        self, x: Tensor, state: S4State | None = None, made: Made | None = None
     ) -> tuple[Tensor, S4State | None]:
-        """x: (B, L, H) -> (B, L, H); `kernel` as in `S4.forward`."""
-        y, state = self.layer(self.norm(x), state, kernel)
+        """x: (B, L, H) -> (B, L, H); `made` as in `S4.forward`."""
+        y, state = self.layer(self.norm(x), state, made)
         return x + self.dropout(y), state
 
     def step(self, x: Tensor, state: S4State | None) -> tuple[Tensor, S4State | None]:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sashimi.errors import InputError
 from sashimi.layers import DownPool, FeedForward, Residual, S4Block, ScalarNorm, UpPool
 from sashimi.linear import Linear
-from sashimi.s4 import S4, S4State, kernels
+from sashimi.s4 import S4, Made, S4State, make
 
 _SCAN_PIECE = 1 << 16  # samples a call when a state is carried: bounds the memory of long prompts
 
@@ -206,7 +206,7 @@ class Tier(nn.Module):
     def forward(self, x: Tensor, state: TierState | None = None) -> tuple[Tensor, TierState | None]:
         """x: (B, L, H) -> (B, L, H), from and to a state at phase 0 if one is given; the pools must divide L."""
         skips, down, pooled, layers = [], [], None, []
-        made = self._kernels(x.shape[1]) if state is None else {}
+        made = self._make(x.shape[1], carried=state is not None)
         for i, layer in enumerate(self.down):
             skips.append(x)
             x, layer_state = self._run(layer, x, state and state.down[i], made.get(layer))
@@ -224,19 +224,19 @@ class Tier(nn.Module):
             x = x + entry
         return x, state and TierState(tuple(down), pooled, tuple(layers))
 
-    def _kernels(self, length: int) -> dict[Residual, Tensor | None]:
-        """The kernels of all layers, made together; none if they are to be recomputed with their layers."""
+    def _make(self, length: int, carried: bool) -> dict[Residual, Made | None]:
+        """The kernels or systems of all layers, made together; none if they are to be recomputed with their layers."""
         if self.recompute:
             return {}
         blocks = {layer: layer.layer.s4 for layer in (*self.down, *self.layers) if isinstance(layer.layer, S4Block)}
-        return dict(zip(blocks, kernels(list(blocks.values()), length), strict=True))
+        return dict(zip(blocks, make(list(blocks.values()), length, carried), strict=True))
 
     def _run(
-        self, layer: Residual, x: Tensor, state: S4State | None, kernel: Tensor | None
+        self, layer: Residual, x: Tensor, state: S4State | None, made: Made | None
     ) -> tuple[Tensor, S4State | None]:
         if self.recompute:
             return checkpoint(layer, x, state, use_reentrant=False, preserve_rng_state=layer.dropout.p > 0)
-        return layer(x, state, kernel)
+        return layer(x, state, made)
 
     def step(self, x: Tensor, state: TierState, phase: int) -> tuple[Tensor, TierState]:
         """One sample of `forward`; phase counts this tier's samples. x: (B, H) -> (B, H)."""

@@ -16,6 +16,8 @@ from sashimi import ssm
 from sashimi.native import scan as native
 from sashimi.scan import scan
 
+Made = Tensor | ssm.Recurrence
+
 
 class S4State(NamedTuple):
     """The recurrent state, with the discretized system (as of `init_state`) by which `step` goes on from it."""
@@ -118,32 +120,29 @@ class S4(nn.Module):
         return _kernel(self.kernel_name, self.recurrence(), length)
 
     def forward(
-        self, u: Tensor, state: S4State | None = None, kernel: Tensor | None = None
+        self, u: Tensor, state: S4State | None = None, made: Made | None = None
     ) -> tuple[Tensor, S4State | None]:
         """u: (B, L, H) -> y (B, L, H) in u's dtype, and the state after the last sample if one was given.
 
         The system is that of the parameters now, not of the state, which is taken and returned without a gradient.
-        `kernel` is its kernel of length L, if `kernels` has made it.
+        `made` is what `make` has made for this.
         """
         with torch.autocast(u.device.type, enabled=False):
             u32 = u.to(self.D.dtype)
             if state is None and self.convolves():
-                K = self.kernel(u.shape[1]) if kernel is None else kernel
+                K = self.kernel(u.shape[1]) if made is None else made
+                assert isinstance(K, Tensor)
                 y = ssm.causal_convolution(u32.mT, K, self.D).mT
             else:
-                y, x = self._scan(u32, state and state.x)
+                r = self.recurrence() if made is None else made
+                assert isinstance(r, ssm.Recurrence)
+                y, x = _scan(r, self.D, u32, state and state.x)
                 state = state and state._replace(x=x)  # type: ignore[arg-type]
         return y.to(u.dtype), state
 
     def convolves(self) -> bool:
         """Whether `forward` without a state is a convolution with a kernel of the whole length."""
         return not (self.kernel_name == "krylov" and in_chunks(self.D.device))
-
-    def _scan(self, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        r = self.recurrence()
-        if _has_compiled_code(r):
-            return native.scan(r, self.D, u, x)
-        return scan(r.dense(), r.B, r.C, self.D, u, x)
 
     def step(self, u: Tensor, state: S4State) -> tuple[Tensor, S4State]:
         """One sample of `forward`. u: (B, H) -> y (B, H)."""
@@ -160,13 +159,15 @@ class S4(nn.Module):
         return S4State(recurrence.C.new_zeros(batch_size, H, N), recurrence)
 
 
-def kernels(layers: Sequence[S4], length: int) -> list[Tensor | None]:
-    """The kernels of layers of one size, (H, length) each, made as one; None for those that make theirs themselves.
+def make(layers: Sequence[S4], length: int, carried: bool) -> list[Made | None]:
+    """What `forward` makes of the parameters alone, for layers of one size as one; None where a layer makes it itself.
 
-    A GPU takes longer to launch the small products and sums of one layer's than to do those of all layers.
+    Their kernels, (H, length) each, or, where a state is carried or they go in chunks, their discrete systems. It takes
+    longer to launch the small products and sums of one layer's than to do those of all layers.
     """
     first = layers[0]
-    if not (first.convolves() and first.kernel_name in ("krylov", "vandermonde") and {type(s) for s in layers} == {S4}):
+    whole = first.convolves() and not carried
+    if {type(s) for s in layers} != {S4} or (whole and first.kernel_name.startswith("cauchy")):
         return [None] * len(layers)
     H = len(first.D)
 
@@ -178,7 +179,14 @@ def kernels(layers: Sequence[S4], length: int) -> list[Tensor | None]:
         parts = zip(*(s._parameters_of_system() for s in layers), strict=True)
         parameters = Parameters(*(None if part[0] is None else joined(part) for part in parts))  # type: ignore[arg-type]
         recurrence = ssm.discretize(parameters.system(first.dt_transform))
-        return list(_kernel(first.kernel_name, recurrence, length).split(H))
+        if whole:
+            return list(_kernel(first.kernel_name, recurrence, length).split(H))
+        each = ([None] * len(layers) if part is None else part.split(H) for part in recurrence)
+        return [ssm.Recurrence(*of_layer) for of_layer in zip(*each, strict=True)]
+
+
+def _scan(r: ssm.Recurrence, D: Tensor, u: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return native.scan(r, D, u, x) if _has_compiled_code(r) else scan(r.dense(), r.B, r.C, D, u, x)
 
 
 def _kernel(name: str, recurrence: ssm.Recurrence, length: int) -> Tensor:

@@ -203,7 +203,7 @@ def test_recomputation_changes_no_loss(runs: Runs, stage: int, monkeypatch: pyte
 def test_kernels_made_together_are_of_whole_weights(runs: Runs) -> None:
     """A tier makes its layers' kernels, whose weights stage 3 divides: DDP's losses and norms.
 
-    Mutation: in `s4.kernels`, `stack([part.data for part in parts])`.
+    Mutation: in `s4.make`, `stack([part.data for part in parts])`.
     """
     diagonal = ["--model.mode", "diag", "--model.kernel", "vandermonde", "--model.n_layers", "2", "--train.steps", "4"]
     released = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}

@@ -135,13 +135,16 @@ def test_features_continue(backbone: str) -> None:
         assert relative(logits, sashimi(inputs)) < 1e-9
 
 
+@pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize(("unet", "layers"), [(False, 3 * 2), (True, (3 * 2 - 1) * 2)])
-def test_a_tier_makes_its_kernels_together(unet: bool, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are convolutions, unless they are recomputed one by one; loss and gradients are the same.
+def test_a_tier_makes_its_kernels_together(
+    unet: bool, layers: int, chunks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or its systems, unless they are recomputed one by one; loss and gradients are the same.
 
-    Mutations: in `Tier._kernels`, return {}, or only those of `self.layers`, or always all.
+    Mutations: in `Tier._make`, return {}, or only those of `self.layers`, or always all.
     """
-    monkeypatch.setattr("sashimi.s4.in_chunks", lambda device: False)
+    monkeypatch.setattr("sashimi.s4.in_chunks", lambda device: chunks)
     made, discretize = [], ssm.discretize
     monkeypatch.setattr(ssm, "discretize", lambda system: (made.append(system), discretize(system))[1])
     ids, results = torch.randint(16, (2, 24)), []

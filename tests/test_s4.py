@@ -1,6 +1,7 @@
 """Laws 2, 5 and 6 of one S4 layer, and how it starts."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from trained_like import relative, trained_like
 
 from sashimi import ssm
-from sashimi.s4 import S4, kernels
+from sashimi.s4 import S4, Made, make
 
 H, N = 6, 8
 
@@ -100,40 +101,55 @@ def test_chunks_are_the_convolution(kind: str, length: int, monkeypatch: pytest.
     assert precision.faults == []
 
 
+@pytest.mark.parametrize("carried", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_law_1_kernels_made_together_are_the_layers_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With their gradients; and float32 under autocast. Layers that go in chunks, or by Cauchy sums, make their own.
+def test_law_1_what_is_made_together_is_the_layers_own(
+    kind: str, carried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels where they convolve, else systems; with their gradients, and float32 under autocast. But not Cauchy sums.
 
-    Mutations: in `kernels`, `stack(parts[::-1])`; drop `in ("krylov", "vandermonde")`, `convolves()` or
-    `enabled=False`; in `S4.forward`, always `self.kernel`.
+    Mutations: in `make`, `stack(parts[::-1])`; drop `startswith("cauchy")`, `and not carried` or `enabled=False`; in
+    `S4.forward`, always `self.kernel` or `self.recurrence`.
     """
 
     def three(dtype: torch.dtype) -> list[S4]:
         return [trained_like(S4(H, N, **KINDS[kind]).to(dtype), seed) for seed in range(3)]
 
     layers = three(torch.float64)
-    if kind == "cauchy" or "kernel" not in KINDS[kind]:
-        assert kernels(layers, 50) == [None] * 3
     monkeypatch.setattr("sashimi.s4.in_chunks", lambda device: False)
-    if kind == "cauchy":
-        assert kernels(layers, 50) == [None] * 3
+    if kind == "cauchy" and not carried:
+        assert make(layers, 50, carried) == [None] * 3
         return
     parameters = [p for s4 in layers for p in s4.parameters() if p is not s4.D]
     results = []
-    for made in (kernels(layers, 50), [s4.kernel(50) for s4 in layers]):
-        K = torch.stack([kernel for kernel in made if kernel is not None])
-        results.append([K, *torch.autograd.grad((K * K).sum(), parameters)])
+    for made in (make(layers, 50, carried), [s4.recurrence() if carried else s4.kernel(50) for s4 in layers]):
+        values = flattened(made)
+        results.append([values, *torch.autograd.grad((values * values).sum(), parameters)])
     for actual, expected in zip(*results, strict=True):
         assert relative(actual, expected) < 1e-12
     narrow, u = three(torch.float32), signal(50, torch.float32)
     with torch.no_grad():
-        own = torch.stack([s4.kernel(50) for s4 in narrow])
+        own = [s4.recurrence() if carried else s4.kernel(50) for s4 in narrow]
         with torch.autocast("cpu", torch.bfloat16):
-            made = kernels(narrow, 50)
-        K = torch.stack([kernel for kernel in made if kernel is not None])
-        assert relative(K, own) < 1e-5
+            made = make(narrow, 50, carried)
+        assert relative(flattened(made), flattened(own)) < 1e-5
+        state = narrow[1].init_state(len(u)) if carried else None
+        twice = made[1]._replace(C=2 * made[1].C) if isinstance(made[1], ssm.Recurrence) else 2 * made[1]
         direct = narrow[1].D * u
-        assert relative(narrow[1](u, None, 2 * K[1])[0] - direct, 2 * (narrow[1](u)[0] - direct)) < 1e-4
+        assert relative(narrow[1](u, state, twice)[0] - direct, 2 * (narrow[1](u, state)[0] - direct)) < 1e-4
+
+
+def test_layers_that_go_in_chunks_are_given_systems() -> None:
+    """On CPUs, without a state too, but not in Cauchy sums. Mutation: in `make`, `whole = not carried`."""
+    for kind, expected in (("tied", ssm.Recurrence), ("cauchy", type(None))):
+        layers = [S4(H, N, **KINDS[kind]) for _ in range(2)]
+        assert [type(made) for made in make(layers, 50, False)] == [expected] * 2
+
+
+def flattened(made: Sequence[Made | None]) -> Tensor:
+    """All numbers of kernels or systems."""
+    each = [one if isinstance(one, ssm.Recurrence) else (one,) for one in made]
+    return torch.cat([part.flatten() for one in each for part in one if part is not None])
 
 
 def test_state_is_a_value() -> None:

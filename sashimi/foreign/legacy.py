@@ -161,7 +161,7 @@ class GatedFeedForward(FeedForward):
         super().__init__(d_model, ff)
         self.expand = Linear(d_model, 2 * ff * d_model)
 
-    def forward(self, x: Tensor, state: None = None, kernel: None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, state: None = None, made: None = None) -> tuple[Tensor, None]:
         """x: (..., H) -> (..., H)."""
         return self.contract(self.expand(x, glu=True)), None
 
