@@ -14,7 +14,8 @@ class Linear(nn.Linear):
 
         x: (..., in_features) -> (..., out_features), or half of them.
         """
-        if serves(x, self.weight, glu):
-            return linear(x, self.weight, self.bias, gelu, glu)
-        y = F.linear(F.gelu(x) if gelu else x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias  # once, as it may be computed each time
+        if bias is not None and serves(x, weight, glu):
+            return linear(x, weight, bias, gelu, glu)
+        y = F.linear(F.gelu(x) if gelu else x, weight, bias)
         return F.glu(y, dim=-1) if glu else y

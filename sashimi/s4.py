@@ -162,8 +162,8 @@ class S4(nn.Module):
 def make(layers: Sequence[S4], length: int, carried: bool) -> list[Made | None]:
     """What `forward` makes of the parameters alone, for layers of one size as one; None where a layer makes it itself.
 
-    Their kernels, (H, length) each, or, where a state is carried or they go in chunks, their discrete systems. It takes
-    longer to launch the small products and sums of one layer's than to do those of all layers.
+    Their kernels, (H, length) each, or, where a state is carried or they go in chunks, their discrete systems. What
+    they take is small: to begin so many operations for each layer would cost more than to do them.
     """
     first = layers[0]
     whole = first.convolves() and not carried

@@ -137,10 +137,10 @@ def test_features_continue(backbone: str) -> None:
 
 @pytest.mark.parametrize("chunks", [False, True])
 @pytest.mark.parametrize(("unet", "layers"), [(False, 3 * 2), (True, (3 * 2 - 1) * 2)])
-def test_a_tier_makes_its_kernels_together(
+def test_a_tier_makes_its_kernels_or_systems_together(
     unet: bool, layers: int, chunks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or its systems, unless they are recomputed one by one; loss and gradients are the same.
+    """Unless they are recomputed one by one; loss and gradients are the same.
 
     Mutations: in `Tier._make`, return {}, or only those of `self.layers`, or always all.
     """

@@ -12,7 +12,8 @@ from trained_like import relative
 
 from sashimi.layers import FeedForward, S4Block
 from sashimi.linear import Linear
-from sashimi.native.linear import serves
+from sashimi.model import ModelConfig, Sashimi
+from sashimi.native.linear import linear, serves
 from sashimi.s4 import S4
 
 ACTIVATIONS = [(False, False), (True, False), (False, True), (True, True)]
@@ -47,54 +48,57 @@ def test_it_is_pytorchs(shape: tuple[int, ...], outputs: int, gelu: bool, glu: b
     in activations.h, `0.39894228f` -> `0.4f`.
     """
     layer, x = Linear(shape[-1], outputs), numbers(*shape).requires_grad_()
-    assert serves(x, layer.weight, glu)
     inputs = [x, layer.weight, layer.bias]
     wide = [t.detach().double().requires_grad_() for t in inputs]
     exact = with_gradients(reference(*wide, gelu, glu), *wide)
-    for one, other in zip(with_gradients(layer(x, gelu, glu), *inputs), exact, strict=True):
+    for one, other in zip(with_gradients(linear(*inputs, gelu, glu), *inputs), exact, strict=True):
         assert relative(one, other) < 1e-5
 
 
 def test_activations_are_as_near_as_pytorchs() -> None:
     """GELU, its slope, and the gate, where they are not constant: to 3e-7 of x and of 1, 2e-6 of the gate.
 
-    Mutations: in activations.py, `5.75` -> `4`; in activations.h, `5.75` -> `5`.
+    Mutations: in activations.py, `5.75` -> `4`, or `range(2)` -> `range(1)`; in activations.h, `5.75` -> `5`.
     """
     x = torch.linspace(-30, 30, 1 << 17).view(-1, 16).requires_grad_()
-    one = Linear(16, 16), Linear(32, 32)
-    for layer in one:
-        layer.weight.data, layer.bias.data = torch.eye(layer.in_features), torch.zeros(layer.in_features)
     wide = x.detach().double().requires_grad_()
-    y, exact = one[0](x, gelu=True), F.gelu(wide)
+    y, exact = linear(x, torch.eye(16), torch.zeros(16), True, False), F.gelu(wide)
     assert ((y - exact) / wide).abs().max() < 3e-7
     slope, exact_slope = (torch.autograd.grad(t.sum(), of)[0] for t, of in ((y, x), (exact, wide)))
     assert (slope - exact_slope).abs().max() < 3e-7
-    gate = one[1](torch.cat((torch.ones_like(x), x), dim=-1), glu=True)
+    halves = torch.cat((torch.ones_like(x), x), dim=-1)
+    gate = linear(halves, torch.eye(32), torch.zeros(32), False, True)
     assert (gate / torch.sigmoid(wide) - 1).abs().max() < 2e-6
+
+
+def test_gelu_of_what_is_far_below_is_nothing() -> None:
+    """And its slope. Mutations: in `gelu_and_slope`, no `x < -END`, no `c != x`."""
+    x = torch.full((1, 16), -1e4).requires_grad_()
+    y = linear(x, torch.eye(16), torch.zeros(16), True, False)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    assert not y.any()
+    assert not slope.any()
 
 
 @pytest.mark.parametrize(("gelu", "glu"), ACTIVATIONS)
 def test_tensors_may_lie_anywhere(gelu: bool, glu: bool) -> None:
     """Transposed, or cut out of the middle of others, as flattened parameters are, and so gradients.
 
-    Mutations: in `aligned`, no `contiguous`, or `% 1`.
+    Mutations: in `aligned`, no `contiguous`, or `% 1`; in `_forward`, `torch.empty_like(weight)`.
     """
-    x, flat = numbers(96, 500).mT, numbers(1 + 64 * 96 + 64)
-    weight, bias = flat[1:-64].view(64, 96), flat[-64:]
-    assert weight.data_ptr() % 64 != 0
-    layer = Linear(96, 64)
-    layer.weight.data, layer.bias.data = weight, bias
-    inputs = [x.requires_grad_(), layer.weight, layer.bias]
-    gradient = numbers(32 if glu else 64, 501).mT[1:]
-    results = []
-    for y in (layer(x, gelu, glu), reference(*inputs, gelu, glu)):
-        results.append([y, *torch.autograd.grad(y, inputs, gradient)])
-    for one, other in zip(*results, strict=True):
-        assert relative(one, other) < 1e-5
+    x, flat = numbers(96, 500).mT.requires_grad_(), numbers(1 + 64 * 96 + 64)
+    bias, gradient = flat[-64:].requires_grad_(), numbers(32 if glu else 64, 501).mT[1:]
+    for weight in (flat[1:-64].view(64, 96), flat[1:-64].view(96, 64).mT):
+        assert weight.data_ptr() % 64 != 0
+        inputs, results = [x, weight.requires_grad_(), bias], []
+        for y in (linear(*inputs, gelu, glu), reference(*inputs, gelu, glu)):
+            results.append([y, *torch.autograd.grad(y, inputs, gradient)])
+        for one, other in zip(*results, strict=True):
+            assert relative(one, other) < 1e-5
 
 
 def test_threads_change_no_bit() -> None:
-    """Mutation: in `_backward`, `_PARTS` -> `torch.get_num_threads()`."""
+    """Mutation: in `_backward`, `_MOST_PARTS` -> `torch.get_num_threads()`."""
     layer, x = Linear(32, 64), numbers(20000, 32).requires_grad_()
     results = []
     for threads in (1, 2, 3):
@@ -113,12 +117,20 @@ def test_what_is_not_finite_stays_so(gelu: bool, glu: bool) -> None:
     """So that a run that diverges is seen to. Mutation: in `gelu_and_slope`, `{x * normal` -> `{c * normal`."""
     layer, x = Linear(16, 32), torch.zeros(1 << 11, 16)
     x[0, 0], x[-1, -1], x[7, 7] = torch.nan, torch.inf, -1e38
-    finite = torch.isfinite(layer(x, gelu, glu)).all(dim=-1)
+    finite = torch.isfinite(linear(x, layer.weight, layer.bias, gelu, glu)).all(dim=-1)
     assert torch.equal(finite, torch.isfinite(reference(x, layer.weight, layer.bias, gelu, glu)).all(dim=-1))
 
 
-def few(x: Tensor) -> Tensor:
-    return x[:100]
+def few_rows(x: Tensor) -> Tensor:
+    return x[:250].repeat(1, 8)
+
+
+def few_numbers(x: Tensor) -> Tensor:
+    return x[:1000, :32]
+
+
+def uneven(x: Tensor) -> Tensor:
+    return x[:, :56]
 
 
 def elsewhere(x: Tensor) -> Tensor:
@@ -126,31 +138,31 @@ def elsewhere(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("change", "autocast", "sizes", "glu"),
+    ("change", "autocast", "outputs", "glu"),
     [
-        (Tensor.double, False, (64, 64), False),
-        (Tensor.bfloat16, False, (64, 64), False),
-        (few, False, (64, 64), False),
-        (elsewhere, False, (64, 64), False),
-        (torch.clone, True, (64, 64), False),
-        (torch.clone, False, (56, 64), False),
-        (torch.clone, False, (64, 56), False),
-        (torch.clone, False, (64, 48), True),
-        (torch.clone, False, (64, (1 << 14) + 32), False),
+        (Tensor.double, False, 64, False),
+        (Tensor.bfloat16, False, 64, False),
+        (few_rows, False, 64, False),
+        (few_numbers, False, 64, False),
+        (elsewhere, False, 64, False),
+        (torch.clone, True, 64, False),
+        (uneven, False, 64, False),
+        (torch.clone, False, 56, False),
+        (torch.clone, False, 48, True),
+        (torch.clone, False, (1 << 14) + 32, False),
     ],
 )
-def test_all_else_is_left_to_torch(
-    change: Callable[[Tensor], Tensor], autocast: bool, sizes: tuple[int, int], glu: bool
-) -> None:
-    """Other precisions and devices, autocast, what is short, and channels that fill no vectors.
+def test_all_else_is_left_to_torch(change: Callable[[Tensor], Tensor], autocast: bool, outputs: int, glu: bool) -> None:
+    """Other precisions and devices, autocast, what is little, channels that fill no vectors, and large layers.
 
     Mutations: any condition of `serves` left out.
     """
     x = numbers(1600, 64)
     assert serves(x, x[:64], glu=False)
     assert serves(x, x[:64], glu=True)
-    x = change(x[:, : sizes[0]])
-    layer = Linear(*sizes).to(x)
+    assert not serves(x, x[:64].double(), glu=True)
+    x = change(x)
+    layer = Linear(x.shape[-1], outputs).to(x)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert not serves(x, layer.weight, glu)
         y, expected = layer(x, True, glu), reference(x, layer.weight, layer.bias, True, glu)
@@ -208,10 +220,41 @@ def test_layers_are_the_same(rows: int) -> None:
     assert called == [ff.expand, ff.contract, block.output]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_models_train_by_it(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits and gradients of a model, its layers recomputed or not, are those without it; weights are read once.
+
+    Mutations: in `Linear.forward`, `self.weight` in both places; in `_backward`, `d_x` filled with zeros.
+    """
+    torch.manual_seed(0)
+    config = ModelConfig(levels=32, d_model=32, n_layers=1, d_state=4, pool=(4,), weight_norm=True)
+    model, ids = Sashimi(config), torch.randint(32, (2, 4096))
+    if recompute:
+        model.recompute_layers()
+    results, served, read = [], [], []
+    pooling = model.tier.pooled
+    assert pooling is not None
+    pooling.down.linear.parametrizations.weight[0].register_forward_hook(lambda *_: read.append(1))
+    for others in (True, False):
+
+        def watched(x: Tensor, weight: Tensor, glu: bool, others: bool = others) -> bool:
+            served.append(others and serves(x, weight, glu))
+            return served[-1]
+
+        monkeypatch.setattr("sashimi.linear.serves", watched)
+        loss = model(ids).logsumexp(-1).square().mean()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        assert served.count(True) == (0 if not others else 15 if recompute else 9)
+        served.clear()
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other) < 1e-4
+    assert len(read) == 2
+
+
 @pytest.mark.usefixtures("nothing_loaded")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """PyTorch does it, which is said once. Mutation: in `library_or_none`, no `functools.cache`, or no warning."""
-    layer, x = Linear(64, 32), numbers(1600, 64)
+    """PyTorch does it, which is said once. Mutation: in `library_or_none`, no warning."""
+    layer, x = Linear(64, 64), numbers(1600, 64)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.warns(UserWarning, match="Linear layers run in PyTorch.*there is no C\\+\\+ compiler") as said:
         outputs = [layer(x, gelu=True) for _ in range(2)]

@@ -10,7 +10,7 @@ typedef float V32 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t I32 __attribute__((vector_size(64)));
 typedef double V64 __attribute__((vector_size(64), aligned(8), may_alias));
 
-constexpr float END = 5.75;  // Φ, the normal distribution's, is 1 from here on, in float32
+constexpr float END = 5.75;  // from here on GELU is x, and before -END it is 0, in float32
 
 // Highest power first: (Φ(x) - 1/2) / x for |x| <= END is above / below, in x^2; exp(r) for |r| <= ln(2) / 2.
 struct Tables { float above[6], below[6], exp[7]; };
@@ -41,8 +41,11 @@ struct Gelu { V32 value, slope; };  // x Φ(x), and Φ(x) + x φ(x)
 
 inline Gelu gelu_and_slope(V32 x, const Tables& t) {
     const V32 c = clamp(x, -END, END), square = c * c;
-    const V32 normal = 0.5f + c * polynomial(t.above, square) / polynomial(t.below, square);
-    return {x * normal, normal + c * 0.39894228f * exp(-0.5f * square, t)};
+    V32 normal = 0.5f + c * polynomial(t.above, square) / polynomial(t.below, square);
+    V32 density = 0.39894228f * exp(-0.5f * square, t);
+    normal = x < -END ? V32{} : normal;  // else large numbers times what is left of it
+    density = c != x ? V32{} : density;
+    return {x * normal, normal + c * density};
 }
 
 inline V32 gelu(V32 x, const Tables& t) { return gelu_and_slope(x, t).value; }

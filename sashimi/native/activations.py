@@ -15,7 +15,7 @@ class Tables(ctypes.Structure):
 
 @functools.cache
 def tables() -> Tables:
-    """For float32: the fraction at Chebyshev's nodes by least squares, exp by interpolation there."""
+    """For float32: the fraction by least squares at Chebyshev's nodes, exp by interpolation there."""
     end, half = 5.75, math.log(2) / 2  # the ends as in activations.h
 
     def ratio(s: np.ndarray) -> np.ndarray:  # of Φ, the normal distribution's
@@ -31,7 +31,7 @@ def _fraction(function: Callable[[np.ndarray], np.ndarray], degree: int) -> tupl
     """Whose quotient is near `function` on [-1, 1], by relative errors."""
     nodes = chebyshev.chebpts1(400)
     values, powers, below = function(nodes), chebyshev.chebvander(nodes, degree), np.ones(400)
-    for _ in range(10):  # above - values below = 0, where below's first coefficient is 1, is linear in the others
+    for _ in range(2):  # above - values below = 0, where below's first coefficient is 1, is linear in the others
         equations = np.hstack((powers / values[:, None], -powers[:, 1:])) / below[:, None]
         solved = np.linalg.lstsq(equations, 1 / below, rcond=None)[0]
         coefficients = np.r_[1, solved[degree + 1 :]]

@@ -1,4 +1,4 @@
-"""A C++ source of this folder, compiled for this CPU at its first use."""
+"""A C++ source of this folder, compiled for this CPU at its first use, and tensors as these take them."""
 
 import ctypes
 import functools

@@ -4,7 +4,7 @@
 // caches: only x, y, the gradients of both, and what GLU is taken of are read from memory or written to it.
 //
 // Shapes: R rows, K numbers of each before the layer and N after, before GLU; K, N, and with GLU N/2, are whole vectors.
-// All tensors are in float32, and begin where a line of the cache does.
+// In float32. All tensors but h and d_y begin where a line of the cache does.
 
 #include <omp.h>
 
@@ -20,7 +20,7 @@ constexpr int64_t W = sizeof(V32) / sizeof(float);
 V32& vec(float* x) { return *(V32*)x; }
 const V32& vec(const float* x) { return *(const V32*)x; }
 
-// C (m, n) = A B + plus, as `multiply` has it, by panels of B, which stay in the nearest cache for all rows. Of C, if it
+// C (m, n) = A B + plus, as `multiply` has it, by panels of B, which stay in a near cache for all rows. Of C, if it
 // is not added to, the rows are fetched while they are computed: they come from memory, though only to be written.
 void by_panels(int64_t m, int64_t n, int64_t k, const float* A, int64_t row, int64_t col, const float* B, float* C,
                const float* plus, int64_t ldp) {

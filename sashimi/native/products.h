@@ -1,4 +1,4 @@
-// Products of matrices, and their transposes, that suit the sizes of a state space: what a channel's caches hold.
+// Products of matrices, and their transposes, for what the nearer caches hold: a channel's state space, rows of layers.
 //
 // Matrices are row-major. Where no more is said, a row is a number of whole vectors and begins at a multiple of BYTES.
 // Written for gcc's and clang's vector extensions, so for any instruction set.
