@@ -16,7 +16,7 @@ from sashimi import ssm
 from sashimi.native import scan as native
 from sashimi.scan import scan
 
-Made = Tensor | ssm.Recurrence
+Made = Tensor | ssm.Recurrence  # a layer's kernel, or its discrete system
 
 
 class S4State(NamedTuple):

@@ -222,7 +222,7 @@ def test_layers_are_the_same(rows: int) -> None:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_models_train_by_it(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits and gradients of a model, its layers recomputed or not, are those without it; weights are read once.
+    """Loss and gradients of a model, its layers recomputed or not, are those without it; weights are read once.
 
     Mutations: in `Linear.forward`, `self.weight` in both places; in `_backward`, `d_x` filled with zeros.
     """
@@ -235,16 +235,16 @@ def test_models_train_by_it(recompute: bool, monkeypatch: pytest.MonkeyPatch) ->
     pooling = model.tier.pooled
     assert pooling is not None
     pooling.down.linear.parametrizations.weight[0].register_forward_hook(lambda *_: read.append(1))
-    for others in (True, False):
+    for compiled in (True, False):
 
-        def watched(x: Tensor, weight: Tensor, glu: bool, others: bool = others) -> bool:
-            served.append(others and serves(x, weight, glu))
+        def watched(x: Tensor, weight: Tensor, glu: bool, compiled: bool = compiled) -> bool:
+            served.append(compiled and serves(x, weight, glu))
             return served[-1]
 
         monkeypatch.setattr("sashimi.linear.serves", watched)
         loss = model(ids).logsumexp(-1).square().mean()
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-        assert served.count(True) == (0 if not others else 15 if recompute else 9)
+        assert served.count(True) == (0 if not compiled else 15 if recompute else 9)
         served.clear()
     for one, other in zip(*results, strict=True):
         assert relative(one, other) < 1e-4

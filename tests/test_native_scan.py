@@ -212,7 +212,7 @@ def test_layers_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nothing_loaded")
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """PyTorch does it, which is said once. Mutation: in `library_or_none`, no `functools.cache`, or no warning."""
+    """PyTorch does it, which is said once. Mutation: in `library_or_none`, no warning."""
     s4 = layer(4, 8)
     u, _ = signal(s4, 1, 100)
     r = s4.recurrence()

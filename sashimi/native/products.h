@@ -67,9 +67,8 @@ inline void tile(int64_t k, const F* A, int64_t row, int64_t col, const F* B, in
         }
     }
     UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int q = 0; q < Q; q++) {
+        UNROLLED for (int q = 0; q < Q; q++)
             at(C + r * ldc + q * W) = plus ? at(plus + r * ldp + q * W) + sum[r][q] : sum[r][q];
-        }
 }
 
 template <class F, int R>
