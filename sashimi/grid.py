@@ -28,6 +28,8 @@ class Cuts(NamedTuple):
     """Samples that the recording has for this segment, at most its length; 0 for FILLER."""
     lengths: Int64s
     """Samples of the whole recording."""
+    rows: Int64s
+    """Row of the index that holds the first sample; if the segment is shifted, this one or a later one."""
     first: NDArray[np.bool_]
     """Whether it is its recording's first segment; False for FILLER."""
 
@@ -73,8 +75,11 @@ class Grid:
         column = np.argmax(ends > real[:, None], axis=1)[:, None]
         row, end, count, number = (np.take_along_axis(a, column, 1)[:, 0] for a in (rows, ends, counts, numbers))
         recordings = self.index["recording"][row].astype(np.int64)
-        lengths = np.array([recording_samples(self.index, int(r)) for r in recordings], np.int64)
+        last = self.index[first_rows(self.index, recordings + 1) - 1]
+        lengths = last["start"].astype(np.int64) + last["samples"]
         starts = (number + real - (end - count)) * self.segment
+        while (late := self.index["start"][row] > starts).any():  # with `drop` it is the row where they end
+            row = row - late
         samples = np.minimum(self.segment, lengths - starts)
         filler = ids.ravel() == FILLER
         return Cuts(
@@ -82,6 +87,7 @@ class Grid:
             starts.reshape(ids.shape),
             np.where(filler, 0, samples).reshape(ids.shape),
             lengths.reshape(ids.shape),
+            row.reshape(ids.shape),
             (~filler & (starts == 0)).reshape(ids.shape),
         )
 
@@ -145,20 +151,15 @@ class Grid:
         return (rows == end) | (self.index["start"][np.minimum(rows + 1, end)] == 0)
 
 
-def first_row(index: np.ndarray, recording: int) -> int:
-    """Where a recording begins in an index (clips,); for the number of recordings, its end.
+def first_rows(index: np.ndarray, recordings: Int64s) -> Int64s:
+    """Where recordings begin in an index (clips,), any shape; for the number of recordings, its end.
 
     Every recording has a row at least, so little is left to search, and nothing where each has one.
     """
-    numbers = index["recording"]
-    low, high = recording, len(index) - (int(numbers[-1]) + 1 - recording)
-    while low < high:
+    numbers, last = index["recording"], len(index) - 1
+    low, high = recordings, recordings + last - int(numbers[last])
+    while (low < high).any():
         middle = (low + high) // 2
-        low, high = (middle + 1, high) if numbers[middle] < recording else (low, middle)
+        before = (low < high) & (numbers[np.minimum(middle, last)] < recordings)
+        low, high = np.where(before, middle + 1, low), np.where(before, high, middle)
     return low
-
-
-def recording_samples(index: np.ndarray, recording: int) -> int:
-    """Length of a recording, in samples."""
-    last = index[first_row(index, recording + 1) - 1]
-    return int(last["start"]) + int(last["samples"])

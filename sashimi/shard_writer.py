@@ -14,6 +14,7 @@ import numpy as np
 import soundfile as sf
 
 from sashimi.atomic import UNFINISHED
+from sashimi.flac import with_seek_table
 from sashimi.shards import seal
 from sashimi.split import Split, open_split
 
@@ -62,7 +63,7 @@ class ShardWriter:
                 sf.write(flac, chunk, self.sample_rate, "PCM_16", format="FLAC", compression_level=1.0)
                 about = {"recording": recording, "start": total, "samples": len(chunk)}
                 about |= {"sample_rate": self.sample_rate, **fields}
-                self._member(f"{recording}-{number:05d}.flac", flac.getvalue())
+                self._member(f"{recording}-{number:05d}.flac", with_seek_table(flac.getvalue()))
                 self._member(f"{recording}-{number:05d}.json", json.dumps(about, sort_keys=True).encode())
                 total += len(chunk)
             if total == 0:

@@ -3,7 +3,6 @@
 import io
 import tarfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import soundfile as sf
 
 from sashimi.errors import InputError
 from sashimi.flac import Stream, read_flac
-from sashimi.grid import first_row
+from sashimi.grid import first_rows
 from sashimi.shard_rules import index_fault
-from sashimi.shards import DamagedMember, check_command, read_index, read_manifest
-from sashimi.store import Entry, RemoteFile, RemoteFolder, Stretch, locate, open_local
+from sashimi.shards import DamagedMember, Row, check_command, read_index, read_manifest
+from sashimi.store import Entry, RemoteFile, RemoteFolder, Stretch, locate
 
 
 class Split:
@@ -37,8 +36,8 @@ class Split:
         self.folder = folder
         self.name = name
         self.sample_rate = sample_rate
-        self.shards = shards
         self.shard_names = [shard.name for shard in shards]
+        self.files = [folder / one.name if isinstance(folder, Path) else folder.file(one) for one in shards]
         self.checksums = [shard.sha256 for shard in shards]
         self.labels = labels
         self.index = np.asarray(index)  # each of a memmap's own fields and rows would be a memmap, which is slow
@@ -49,37 +48,34 @@ class Split:
 
     def rows(self, recording: int) -> np.ndarray:
         """The index rows of a recording."""
-        return self.index[first_row(self.index, recording) : first_row(self.index, recording + 1)]
+        return self.index[slice(*first_rows(self.index, np.array([recording, recording + 1])))]
 
-    def read(self, recording: int, start: int, samples: int) -> np.ndarray:
+    def read(self, recording: int, start: int, samples: int, place: int | None = None) -> np.ndarray:
         """Samples start .. start + samples of a recording, int16 (samples,), across its chunks.
 
+        `place`, where it is known, is the row of the index that holds the first one, or a row of the recording before.
         Raises DamagedMember if a chunk it needs is missing, cut or damaged (flac frames carry checksums).
         """
         stop = start + samples
-        rows = self.rows(recording)
-        last = rows[-1]
-        assert 0 <= start <= stop <= int(last["start"]) + int(last["samples"]), (recording, start, samples)
-        chunk = int(rows["start"].searchsorted(np.uint64(start), side="right")) - 1
+        if place is None:
+            place = int(first_rows(self.index, np.array(recording)))
         parts = []
         while start < stop:
-            row = rows[chunk]
-            first = start - int(row["start"])
-            count = min(stop - start, int(row["samples"]) - first)
-            parts.append(read_clip(self._shard(row), row, first, count, self.sample_rate))
-            start += count
-            chunk += 1
+            row = Row(*self.index[place].item())
+            first = start - row.start
+            assert (row.recording, max(first, 0)) == (recording, first), (recording, start, samples, place)
+            count = min(stop - start, row.samples - first)
+            if count > 0:
+                parts.append(read_clip(self.files[row.shard], row, first, count, self.sample_rate))
+                start += count
+            place += 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int16)])
 
     def recording_name(self, recording: int) -> str:
         """Key of a recording, for messages: its number in the plan and the stem of its source file."""
-        row = self.rows(recording)[0]
-        name = member_name(self._shard(row), row)
+        row = Row(*self.rows(recording)[0].item())
+        name = member_name(self.files[row.shard], row)
         return name.rpartition("-")[0] if name.endswith(".flac") else f"number {recording}"
-
-    def _shard(self, row: np.void) -> Path | RemoteFile:
-        entry = self.shards[row["shard"]]
-        return self.folder / entry.name if isinstance(self.folder, Path) else self.folder.file(entry)
 
 
 def open_split(place: str | Path | RemoteFolder, split: str, cache: str | None = None) -> Split:
@@ -126,22 +122,23 @@ class _Clip(sf.SoundFile):
         return False
 
 
-def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, sample_rate: int) -> np.ndarray:
+def read_clip(shard: Path | RemoteFile, row: Row, start: int, samples: int, sample_rate: int) -> np.ndarray:
     """Samples start .. start + samples of the clip of one index row, int16 (samples,).
 
     DamagedMember if it cannot be read, or is not at `sample_rate` (Hz).
     """
 
     def read() -> tuple[np.ndarray, int]:
-        size = int(row["bytes"])
-        with open_bytes(shard, int(row["offset"]), size) as file:
-            found = read_flac(file, size, start, samples, _seen(str(shard), int(row["offset"])))
+        with open_bytes(shard, row.offset, row.bytes) as file:
+            found = read_flac(file, row.bytes, start, samples, _seen(str(shard), row.offset))
             if found is not None:
                 return found
+            whole = bytearray(row.bytes)
             file.seek(0)
-            with _Clip(io.BufferedReader(file)) as flac:
-                # All from its beginning: a damaged head would be believed when seeking.
-                return flac.read(start + samples, dtype="int16")[start:], flac.samplerate
+            file.readinto(whole)
+        with _Clip(io.BytesIO(whole)) as flac:
+            # All from its beginning: a damaged head would be believed when seeking.
+            return flac.read(start + samples, dtype="int16")[start:], flac.samplerate
 
     try:
         try:
@@ -162,7 +159,7 @@ def read_clip(shard: Path | RemoteFile, row: np.void, start: int, samples: int, 
     return audio
 
 
-@lru_cache(1 << 10)
+@lru_cache(1 << 12)
 def _seen(shard: str, offset: int) -> list[Stream]:
     """What this process has seen of a member."""
     return []
@@ -173,16 +170,17 @@ def forget_streams() -> None:
     _seen.cache_clear()
 
 
-def member_name(shard: Path | RemoteFile, row: np.void) -> str:
+def member_name(shard: Path | RemoteFile, row: Row) -> str:
     """Name of the flac of one index row, from the tar header before it; for messages, so it never fails."""
-    header_at = int(row["offset"]) - tarfile.BLOCKSIZE
+    header, header_at = bytearray(tarfile.BLOCKSIZE), row.offset - tarfile.BLOCKSIZE
     try:
         with open_bytes(shard, header_at, tarfile.BLOCKSIZE) as file:
-            return tarfile.TarInfo.frombuf(file.read(), "utf-8", "replace").name
+            file.readinto(header)
+            return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
     except (OSError, tarfile.HeaderError):
         return f"the member at byte {header_at}"
 
 
-def open_bytes(shard: Path | RemoteFile, offset: int, size: int) -> AbstractContextManager[Stretch | io.BytesIO]:
+def open_bytes(shard: Path | RemoteFile, offset: int, size: int) -> Stretch | io.BytesIO:
     """`size` bytes of a shard from `offset` on, as a file. All random reading is done here. OSError if it cannot."""
-    return open_local(shard, offset, size) if isinstance(shard, Path) else shard.open(offset, size)
+    return Stretch(shard, offset) if isinstance(shard, Path) else shard.open(offset, size)

@@ -24,9 +24,9 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 from sashimi.atomic import UNFINISHED, read_json, write_file, write_json
@@ -146,7 +146,7 @@ class RemoteFile(NamedTuple):
     def __str__(self) -> str:
         return f"{self.folder.url}/{self.entry.name}"
 
-    def open(self, offset: int, size: int) -> "AbstractContextManager[Stretch | io.BytesIO]":
+    def open(self, offset: int, size: int) -> "Stretch | io.BytesIO":
         """`size` bytes from `offset` on, as a file: from the cache if there is one, else by one request, at once.
 
         Raises Unreachable.
@@ -154,7 +154,7 @@ class RemoteFile(NamedTuple):
         path = self._cached()
         if path is None:
             return io.BytesIO(self.folder.client.read(str(self), offset, size, self.entry.bytes))
-        return open_local(path, offset, size)
+        return Stretch(path, offset)
 
     def mend(self) -> bool:
         """After bytes that make no sense: whether it is worthwhile to read them once more.
@@ -244,58 +244,31 @@ def locate(place: str | Path, cache: str | None = None) -> Path | RemoteFolder:
     return RemoteFolder(place.rstrip("/"), None if cache is None else Path(cache))
 
 
-class Stretch(io.RawIOBase):
-    """Some bytes of a local file, as a file of their own; what nobody asks for is not read.
+class Stretch:
+    """A local file from `offset` on, to be opened by `with`; what nobody asks for is not read.
 
-    A decoder calls it from C, where no error can be raised: `error` keeps the first one, and the file ends there.
+    OSError if the file is missing, ends too early for what is asked for, or cannot be read.
     """
 
-    def __init__(self, descriptor: int, offset: int, size: int) -> None:
-        """The open file stays its owner's to close. OSError if it is too short."""
-        self.descriptor, self.offset, self.size, self.place = descriptor, offset, size, 0
-        self.error: OSError | None = None
-        missing = offset + size - os.fstat(descriptor).st_size
-        if missing > 0:
-            raise OSError(f"the file ends {min(missing, size)} bytes too early")
+    def __init__(self, path: Path, offset: int) -> None:
+        self.path, self.offset, self.place = path, offset, 0
 
-    def readable(self) -> bool:
-        return True
+    def __enter__(self) -> Self:
+        # Opened each time anew: cheap beside decoding, and safe to fork.
+        self.descriptor = os.open(self.path, os.O_RDONLY)
+        return self
 
-    def seekable(self) -> bool:
-        return True
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)
 
-    def tell(self) -> int:
-        return self.place
+    def seek(self, place: int, /) -> None:
+        self.place = place
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place, os.SEEK_END: self.size}[whence]
-        return self.place
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: max(0, self.size - self.place)]
-        try:
-            count = os.preadv(self.descriptor, [view], self.offset + self.place)
-        except OSError as error:
-            self.error = self.error or error
-            return 0
-        self.place += count
-        return count
-
-
-@contextmanager
-def open_local(path: Path, offset: int, size: int) -> Iterator[Stretch]:
-    """`size` bytes of a file from `offset` on, unbuffered. OSError if it is missing, too short, or cannot be read."""
-    # Opened each time anew: cheap beside decoding, and safe to fork.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        stretch = Stretch(descriptor, offset, size)
-        try:
-            yield stretch
-        finally:
-            if stretch.error:
-                raise stretch.error
-    finally:
-        os.close(descriptor)
+    def readinto(self, buffer: bytearray | memoryview, /) -> None:
+        """Fills the buffer from where the last `seek` led."""
+        missing = len(buffer) - os.preadv(self.descriptor, [buffer], self.offset + self.place)
+        if missing:
+            raise OSError(f"the file ends {missing} bytes too early")
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -180,27 +180,20 @@ class Segments(Dataset[Batch]):
 
     def __getitem__(self, positions: Int64s | Located) -> Batch:
         ids, cuts, begins = positions if isinstance(positions, Located) else self.locate(positions)
-        audio, faults = self._read(ids, cuts)  # before all arithmetic, so that each has the processor's cache in turn
         silence = self.quantizer.silence
         levels = np.full((len(ids), self.data.segment), silence, self.quantizer.dtype)
-        samples = np.zeros(len(ids), np.int64)
-        for row, sound in audio.items():
-            levels[row, : len(sound)] = self.quantizer.encode_int16(sound)
-            samples[row] = len(sound)
+        samples, faults = np.zeros(len(ids), np.int64), []
+        for row in np.flatnonzero(cuts.samples).tolist():
+            recording, start, length, _, place = (field.item(row) for field in cuts[:5])
+            try:
+                sound = self.split.read(recording, start, length, place)
+            except DamagedMember as damage:
+                faults.append(f"{damage} (segment {ids[row]}: {_describe(self.split, recording, start, length)})")
+            else:
+                levels[row, :length] = self.quantizer.encode_int16(sound)
+                samples[row] = length
         tensors = [torch.from_numpy(array) for array in (levels, samples, ids, begins)]
         return Batch._make((*tensors, silence, tuple(faults)))
-
-    def _read(self, ids: Int64s, cuts: Cuts) -> tuple[dict[int, np.ndarray], list[str]]:
-        """The int16 samples of each row that has any, and a line for each that should have."""
-        audio, faults = {}, []
-        for row in np.flatnonzero(cuts.samples).tolist():
-            recording, start, samples = (int(field[row]) for field in cuts[:3])
-            try:
-                audio[row] = self.split.read(recording, start, samples)
-            except DamagedMember as damage:
-                place = _describe(self.split, recording, start, samples)
-                faults.append(f"{damage} (segment {ids[row]}: {place})")
-        return audio, faults
 
     def locate(self, positions: Int64s) -> Located:
         """The segments of positions of any shape, and where they lie; a recording's first one begins in any case."""

@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     "packing.parallel": set(),
     # audio and data
     "audio": {"atomic"},
-    "shard_writer": {"atomic", "shards", "split"},
+    "shard_writer": {"atomic", "flac", "shards", "split"},
     "remote": set(),
     "store": {"atomic", "remote"},
     "shard_rules": set(),

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile as sf
@@ -46,7 +47,12 @@ def signals() -> dict[str, np.ndarray]:
 SIGNALS = signals()
 
 
-def encode(audio: np.ndarray, level: int = 8, kind: str = "PCM_16", container: str = "FLAC") -> bytes:
+def encode(audio: np.ndarray, level: int = 8) -> bytes:
+    """As it is packed."""
+    return flac.with_seek_table(sndfile(audio, level))
+
+
+def sndfile(audio: np.ndarray, level: int = 8, kind: str = "PCM_16", container: str = "FLAC") -> bytes:
     file = io.BytesIO()
     options = {} if container == "WAV" else {"compression_level": level / 8}
     sf.write(file, audio, RATE, kind, format=container, **options)
@@ -71,19 +77,29 @@ def crc(data: bytes, bits: int, polynomial: int) -> bytes:
     return value.to_bytes(bits // 8)
 
 
-def plain_stream(frames: int, checked: Container[int], loud: Container[int] = (), sync: bytes = b"\xff\xf8") -> bytes:
-    """Frames of 16 samples that are the frame's number; the `loud` ones are longer.
+def plain_stream(frames: int, checked: Container[int], sync: bytes = b"\xff\xf8") -> bytes:
+    """Frames of 16 samples that are the frame's number, and a table of them.
 
     Only the `checked` ones have checksums, which take long.
     """
-    parts = [b"fLaC\x80\0\0\x22", struct.pack(">HH6xQ16x", 16, 16, RATE << 44 | 15 << 36 | frames * 16)]
+    parts = []
     for number in range(frames):
         header = sync + b"\x60\x08" + utf8_like(number) + b"\x0f"
         header += crc(header, 8, 0x07) if number in checked else b"\0"
         sample = (number & 0xFFFF).to_bytes(2)
-        frame = header + (b"\2" + sample * 16 if number in loud else b"\0" + sample)
+        frame = header + b"\0" + sample
         parts.append(frame + (crc(frame, 16, 0x8005) if number in checked else b"\0\0"))
-    return b"".join(parts)
+    info = struct.pack(">HH6xQ16x", 16, 16, RATE << 44 | 15 << 36 | frames * 16)
+    bytes_before = np.cumsum([0, *map(len, parts[:-1])]).tolist()
+    table = b"".join(struct.pack(">QQH", number * 16, at, 16) for number, at in enumerate(bytes_before))
+    return b"fLaC\0\0\0\x22" + info + b"\x83" + len(table).to_bytes(3) + table + b"".join(parts)
+
+
+def with_table(stream: bytes, order: Any = slice(None), far: int = 0) -> bytes:
+    """A stream of libsndfile's of any kind, with points for its frames of 4096, or those of them in such an order."""
+    places = np.array(frames_of(stream))
+    points = b"".join(struct.pack(">QQH", 0, at + far, 4096) for at in (places - places[0])[:-1][order].tolist())
+    return stream[:42] + b"\3" + len(points).to_bytes(3) + points + stream[42:]
 
 
 def utf8_like(number: int) -> bytes:
@@ -99,8 +115,7 @@ def utf8_like(number: int) -> bytes:
 def test_any_part_is_exact(level: int) -> None:
     """In frames of 1152 (levels 0 to 2) or 4096 samples, at any place, of any signal and length; none is left out.
 
-    Mutations, in `read_flac`: `stream.frames - 2` -> `- 1`; `after < stream.frames - 1` -> `<=`; in `_find`: no `known`
-    but the first two; `- margin` -> `0`.
+    Mutations, in `_read_flac`: `-(-stop // block)` -> `stop // block + 1`; in `_about`: `size - at` -> `size`.
     """
     rng = np.random.default_rng(level)
     for name, audio in SIGNALS.items():
@@ -116,10 +131,10 @@ def test_any_part_is_exact(level: int) -> None:
                     assert np.array_equal(found, sound[start : start + samples]), (name, length, start, samples)
 
 
-def test_frames_are_found_by_numbers_of_any_size() -> None:
+def test_frames_have_numbers_of_any_size() -> None:
     """As libsndfile decodes them, and wherever a number takes one byte more; UTF-16's surrogates are numbers too.
 
-    Mutations: drop "surrogatepass" in `_coded`; `0x3F` -> `0x1F` in `_number`.
+    The table is larger than what is read at first. Mutations: drop "surrogatepass"; in `_about`, `_HEAD` for `2 * at`.
     """
     whole = plain_stream(1000, range(1000))
     expected = np.arange(1000, dtype=np.int16).repeat(16)
@@ -128,23 +143,10 @@ def test_frames_are_found_by_numbers_of_any_size() -> None:
     stream = plain_stream(0x10003, numbers)
     for number in numbers:
         assert np.array_equal(part(stream, number * 16, 16), np.full(16, number & 0xFFFF).astype(np.int16)), number
-        assert flac._number(bytearray(flac._coded(number) + b"\x9f")) == number
-        assert flac._coded(number) == utf8_like(number)
-
-
-def test_frames_are_found_in_long_streams() -> None:
-    """Where the first guess is thousands of frames away. Mutation, in `_find`: keep no `known`; or `finditer(data)`."""
-    frames, loud = 40_000, range(30_000, 32_000)
-    numbers = [*range(0, frames, 997), *range(29_990, 32_010, 40)]
-    stream = plain_stream(frames, numbers, loud)
-    for number in numbers:
-        found = part(stream, number * 16, 16)
-        assert found is not None, number
-        assert np.array_equal(found, np.full(16, number).astype(np.int16))
 
 
 def test_only_what_holds_a_part_is_read() -> None:
-    """Twice: the beginning, and a few frames. Mutation: `max(0, ...)` for `begin` in `_find`."""
+    """Twice: the beginning, and a few frames. Mutation: `_read` from `stream.frames_at` on."""
     stream = encode(SIGNALS["walk"])
     reads = []
 
@@ -159,10 +161,10 @@ def test_only_what_holds_a_part_is_read() -> None:
     assert sum(reads) < len(reads) / 2 * len(stream) / 3
 
 
-def test_what_was_seen_is_not_looked_for_again() -> None:
+def test_what_was_seen_is_not_read_again() -> None:
     """The same samples, by one read of their frames alone; of whatever part is asked for next.
 
-    Mutations: in `_find`, drop either `remember`, or `places[after]` for `size`; in `_read_flac`, always `_about`.
+    Mutations, in `_read_flac`: append nothing to `seen`; `_read` one byte more.
     """
     stream, reads = encode(SIGNALS["bursts"]), []
 
@@ -175,29 +177,19 @@ def test_what_was_seen_is_not_looked_for_again() -> None:
     for reads_in_all in (2, 3):
         assert read_flac(Counted(stream), len(stream), 30_000, 5000, seen)
         assert len(reads) == reads_in_all
-    assert reads[-1] < reads[-2]  # without a margin
-    parts = [(start, min(5000, LONG - start)) for start in range(0, LONG, 4096)]
-    for _ in range(2):
+    places = frames_of(stream)
+    for start in range(0, LONG, 1000):
         reads.clear()
-        for start, samples in parts:
-            found = read_flac(Counted(stream), len(stream), start, samples, seen)
-            assert found is not None
-            assert np.array_equal(found[0], SIGNALS["bursts"][start : start + samples])
-    frames, places = seen[0].frames, [*seen[0].places, len(stream)]
-    held = [(min(i, frames - 2), i + 2 if i + 2 < frames - 1 else frames) for i in range(len(parts))]
-    assert reads == [places[after] - places[first] for first, after in held]
-    assert min(reads) > 0
-    for start in (0, 777, LONG - 1):
-        samples = LONG - start
-        found = read_flac(io.BytesIO(stream), len(stream), start, samples, seen)
+        found = read_flac(Counted(stream), len(stream), start, min(5000, LONG - start), seen)
         assert found is not None
-        assert np.array_equal(found[0], SIGNALS["bursts"][start:])
+        assert np.array_equal(found[0], SIGNALS["bursts"][start : start + 5000])
+        assert reads == [places[-(-min(start + 5000, LONG) // 4096)] - places[start // 4096]]
 
 
 def test_what_was_seen_may_be_another_stream() -> None:
-    """Then nothing is found, or the right samples; next time all is looked for anew. Long ones are not remembered.
+    """Then nothing is found, or the right samples; next time its metadata are read.
 
-    Mutations: in `read_flac`, no `clear`; in `_find`, no `startswith`; in `_about`, all places of any stream.
+    Mutations: in `read_flac`, no `clear`; in `_read_flac`, no `startswith`, or no `end <= size`.
     """
     seen: list[flac.Stream] = []
     sounds = SIGNALS["walk"], SIGNALS["noise"], SIGNALS["walk"][:20_000]
@@ -211,17 +203,13 @@ def test_what_was_seen_may_be_another_stream() -> None:
             assert found is not None
             assert np.array_equal(found[0], sound[start : start + 10_000])
     plain = plain_stream(100, range(100))
-    more = len(plain_stream(51, [])) - len(plain_stream(50, [])) - 4  # metadata, by which all is a frame farther on
-    shifted = b"fLaC\0\0\0\x22" + plain[8:42] + b"\x81" + more.to_bytes(3) + bytes(more) + plain[42:]
+    frame = len(plain_stream(51, [])) - len(plain_stream(50, [])) - 18
+    shifted = with_padding(plain, frame - 4)  # by which all is a frame farther on
     seen.clear()
     assert read_flac(io.BytesIO(plain), len(plain), 50 * 16, 16, seen)
-    found = read_flac(io.BytesIO(shifted), len(shifted), 50 * 16, 16, seen)
-    assert found is not None
-    assert np.array_equal(found[0], np.full(16, 50))
-    long = plain_stream(5000, range(5000))
-    seen.clear()
-    assert read_flac(io.BytesIO(long), len(long), 100, 16, seen)
-    assert len(seen[0].places) == 0
+    assert read_flac(io.BytesIO(shifted), len(shifted), 50 * 16, 16, seen) is None
+    assert read_flac(io.BytesIO(plain), len(plain), 50 * 16, 16, seen)
+    assert read_flac(io.BytesIO(plain), len(plain) // 2, 90 * 16, 16, seen) is None
 
 
 def with_padding(stream: bytes, size: int) -> bytes:
@@ -230,28 +218,62 @@ def with_padding(stream: bytes, size: int) -> bytes:
     return stream[:42] + b"\1" + size.to_bytes(3) + bytes(size) + stream[42:]
 
 
-def test_what_it_cannot_tell_is_left_to_others() -> None:
-    """Other formats, rests of streams, and metadata beyond the beginning are None; not an error, not other samples.
+def frames_of(stream: bytes) -> list[int]:
+    """Where FFmpeg says that the frames of a stream begin, and its end."""
+    with av.open(io.BytesIO(stream)) as container:
+        return [*(packet.pos for packet in container.demux() if packet.pos is not None), len(stream)]
 
-    Mutations, in `_about`: drop any of the conditions; in `read_flac`, count no samples; in `_find`, let `end - begin`
-    be anything.
+
+@pytest.mark.parametrize("length", [1, 16, 4096, 4097, LONG])
+def test_a_table_says_where_frames_begin(length: int) -> None:
+    """And changes no sample, for those who read it all and for those who seek by it; it is all that is new.
+
+    Mutations, in `with_seek_table`: `frames` without the `rest`; `points["samples"]` of whole blocks; `kind` 3 in any
+    case; drop `stream[:4] + b"\\0"` for the first five bytes.
+    """
+    for name, audio in SIGNALS.items():
+        sound, before = audio[-length:], sndfile(audio[-length:])
+        bare = before[:4] + b"\x80" + before[5:42] + before[frames_of(before)[0] :]  # of metadata, STREAMINFO alone
+        for stream in (before, bare):
+            table = flac.with_seek_table(stream)
+            added = len(table) - len(stream)
+            points = np.frombuffer(table, flac._POINT, added // 18, 46)
+            assert table[42] == (0x83 if stream is bare else 3)
+            assert table[:4] + stream[4:5] + table[5:42] + table[42 + added :] == stream
+            assert [*(points["byte"] + frames_of(table)[0]), len(table)] == frames_of(table), name
+            assert points["sample"].tolist() == [*range(0, length, 4096)]
+            assert np.array_equal(np.cumsum(points["samples"], dtype=int), [*range(4096, length, 4096), length])
+            with sf.SoundFile(io.BytesIO(table)) as file:
+                assert np.array_equal(file.read(dtype="int16"), sound), name
+                file.seek(length // 2)
+                assert np.array_equal(file.read(dtype="int16"), sound[length // 2 :]), name
+
+
+def test_what_it_cannot_tell_is_left_to_others() -> None:
+    """Other formats, rests of streams, and tables that are wrong are None; not an error, not other samples.
+
+    Mutations: drop any of the conditions in `_about` or `_read_flac`; in `_about`, go on whatever the size.
     """
     audio = SIGNALS["walk"][:20_000]
     stream = encode(audio)
-    stereo, fine = encode(np.stack([audio, audio], 1)), encode(audio, kind="PCM_24")
+    bare = sndfile(audio)
+    stereo, fine = with_table(sndfile(np.stack([audio, audio], 1))), with_table(sndfile(audio, kind="PCM_24"))
     others = {
         "stereo": stereo,
         "stereo that says mono": stereo[:20] + stream[20:26] + stereo[26:],
         "24 bits": fine,
         "24 bits that say 16": fine[:20] + stream[20:26] + fine[26:],
-        "8 bits": encode(audio, kind="PCM_S8"),
-        "wav": encode(audio, container="WAV"),
-        "ogg": encode(audio, kind="VORBIS", container="OGG"),
+        "8 bits": with_table(sndfile(audio, kind="PCM_S8")),
+        "wav": sndfile(audio, container="WAV"),
+        "ogg": sndfile(audio, kind="VORBIS", container="OGG"),
+        "no table": bare,
+        "a table of some frames": with_table(bare, slice(1, None)),
+        "a table of other frames": with_table(bare, [1, 0, 2, 3, 3]),
+        "places far away": with_table(bare, far=1 << 20),
         "empty": b"",
         "a few bytes": stream[:30],
         "metadata alone": stream[:86],
         "cut": stream[: len(stream) // 2],
-        "long metadata": with_padding(stream, 10_000),
         "endless metadata": stream[:42] + b"\1\xff\xff\xff" + stream[42:],
         "another beginning": b"OggS" + stream[4:],
         "blocks of several lengths": stream[:8] + b"\0\x10" + stream[10:],
@@ -265,8 +287,8 @@ def test_what_it_cannot_tell_is_left_to_others() -> None:
     assert part(stream, 19_000, 1001) is None
     endless = stream[:21] + b"\xff" * 5 + stream[26:]
     assert read_flac(io.BytesIO(endless), 1 << 30, 0x110000 * 4096, 16) is None
-    assert read_flac(io.BytesIO(stream), 1 << 40, 10_000, 1000) is None
-    assert np.array_equal(part(with_padding(stream, 1000), 19_000, 1000), audio[19_000:])
+    for size in (1000, 5000, 20_000):
+        assert np.array_equal(part(with_padding(stream, size), 19_000, 1000), audio[19_000:])
 
 
 @pytest.fixture

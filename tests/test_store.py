@@ -336,7 +336,7 @@ def test_a_damaged_file_of_the_cache_is_fetched_again(http: Served, noise: Path,
         damage(cache / f"{checksum}.tar", how)
     assert_same([whole_split(split)], [whole_split(open_split(noise, "train"))])
     assert http.server.count(TARS) == 6
-    assert all(store.RemoteFile(split.folder, entry).mend() is False for entry in split.shards)  # they are whole
+    assert all(isinstance(file, store.RemoteFile) and file.mend() is False for file in split.files)  # they are whole
 
 
 def fill(url: str, cache: str) -> None:

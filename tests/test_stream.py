@@ -157,7 +157,7 @@ def test_law_8_each_segment_lies_where_a_table_of_all_recordings_puts_it(
     """Over many blocks of the index, within which recordings begin, go on and end.
 
     Mutations: in `Grid.cut`, `side="left"`; in `Grid._counts`, drop `short`, or `before = stop // L - 1`; in
-    `first_row`, `high = len(index) - 1`.
+    `first_rows`, start with `high` one less.
     """
     index = index_of(lengths, chunk)
     grid = Grid(index, segment, tail)

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sashimi.errors import InputError
-from sashimi.shards import INDEX_DTYPE, SPLITS, DamagedMember, read_index, read_manifest, scan_shard
+from sashimi.shards import INDEX_DTYPE, SPLITS, DamagedMember, Row, read_index, read_manifest, scan_shard
 from sashimi.split import member_name, read_clip
 
 FRAME_SECONDS = 0.02
@@ -106,11 +106,11 @@ def _verify_shard(
         census.faults.append(f"{path}: the index says otherwise: run again with --rebuild-index")
     ends = rows["start"] + rows["samples"]
     expected = np.where(np.diff(rows["recording"], prepend=-1) == 0, np.roll(ends, 1), 0)
-    for row in rows[rows["start"] != expected]:
+    for row in map(Row._make, rows[rows["start"] != expected].tolist()):
         census.faults.append(f"{path}: {member_name(path, row)}: a chunk before it is missing")
-    for row in rows:
+    for row in map(Row._make, rows.tolist()):
         try:
-            census.add_audio(read_clip(path, row, 0, int(row["samples"]), sample_rate), sample_rate)
+            census.add_audio(read_clip(path, row, 0, row.samples, sample_rate), sample_rate)
         except DamagedMember as damage:
             census.faults.append(str(damage))
     census.recordings = len(np.unique(rows["recording"]))
