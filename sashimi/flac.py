@@ -1,11 +1,11 @@
 """Part of a FLAC stream (RFC 9639): only the frames that hold it are read and decoded, by a decoder that is kept.
 
 A stream is metadata, the first of which is STREAMINFO, and frames of one length, but for the last. Streams that are
-packed here have a SEEKTABLE that says where each frame begins. libsndfile starts a decoder for each read, and seeks by
-decoding: for a second of audio, half of its time.
+packed here have a SEEKTABLE that says where each frame begins. libsndfile starts a decoder for each read, and decodes
+where it seeks: for a second of audio, half of its time.
 
-What a table says is a guess: the first frame's number must be right, the decoder checks the two checksums of each
-frame, and the samples are counted.
+What a table says is a guess: it must fit STREAMINFO, the first frame's number must be right, the decoder checks the two
+checksums of each frame, and the samples are counted.
 """
 
 import io
@@ -19,10 +19,11 @@ import numpy as np
 from av.audio.codeccontext import AudioCodecContext
 from numpy.typing import NDArray
 
-_HEAD = 1 << 12  # bytes that hold all metadata of most streams
+_HEAD = 1 << 13  # bytes that hold all metadata of a minute at 16 kHz
 _INFO_ENDS = 42  # byte where STREAMINFO ends
 _SEEKTABLE = 3
 _POINT = np.dtype([("sample", ">u8"), ("byte", ">u8"), ("samples", ">u2")])  # bytes count from the first frame on
+_MOST_SEEN = 1 << 12  # frames of a stream whose table is kept
 _PADDING = 64  # bytes of memory that must follow those to be decoded: AV_INPUT_BUFFER_PADDING_SIZE
 
 
@@ -40,7 +41,7 @@ class Stream(NamedTuple):
     samples: int
     sample_rate: int  # Hz
     frames_at: int  # byte where the first frame begins
-    places: NDArray[np.uint64]  # bytes where the frames of its table begin, and where the last one ends
+    places: NDArray[np.uint32]  # bytes where all frames begin, and where the last one ends; or none
 
 
 def read_flac(
@@ -65,17 +66,17 @@ def _read_flac(file: File, size: int, start: int, samples: int, seen: list[Strea
         stream = _about(file, size)
         if stream is None:
             return None
-        seen.append(stream)
+        if len(stream.places) <= _MOST_SEEN:
+            seen.append(stream)
     block, stop = stream.block, start + samples
-    if stop > stream.samples or len(stream.places) != -(-stream.samples // block) + 1:
+    if stop > stream.samples or not len(stream.places):
         return None
     first, after = start // block, -(-stop // block)
     begin, end = int(stream.places[first]), int(stream.places[after])
     if not begin < end <= size:
         return None
     data = _read(file, begin, end)
-    number = chr(first).encode("utf-8", "surrogatepass")  # a table has no place for more frames than characters
-    if data[:2] != b"\xff\xf8" or data[3:4] != b"\x08" or not data.startswith(number, 4):  # mono, 16 bits
+    if not _is_frame(data, 0, first):
         return None
     decoder = _decoder(block, stream.sample_rate, threading.get_ident())
     packet: Any = memoryview(data)[: end - begin]
@@ -99,12 +100,18 @@ def _read(file: File, begin: int, end: int) -> bytearray:
     return data
 
 
+def _is_frame(data: bytes | bytearray, at: int, number: int) -> bool:
+    """Whether a frame of that number seems to begin there, mono and of 16 bits, in a stream of frames of one length."""
+    coded = chr(number).encode("utf-8", "surrogatepass")  # a table has no place for more frames than characters
+    return data.startswith(b"\xff\xf8", at) and data.startswith(b"\x08" + coded, at + 3)
+
+
 def _about(file: File, size: int, there: int = _HEAD) -> Stream | None:
     """What a stream says in its metadata, in the first bytes that are `there` or more; None if it is another kind."""
     there = min(size, there)
     head = _read(file, 0, there)
     least, most, numbers = struct.unpack_from(">8xHH6xQ", head)
-    if head[:4] != b"fLaC" or not least == most > 0:
+    if head[:4] != b"fLaC" or least != most:
         return None
     at, last, points = 4, False, np.empty(0, _POINT)
     while not last and at + 4 <= there:
@@ -113,9 +120,13 @@ def _about(file: File, size: int, there: int = _HEAD) -> Stream | None:
         if kind == _SEEKTABLE and at <= there:
             points = np.frombuffer(head, _POINT, length // _POINT.itemsize, at - length)
     if not last or at > there:
-        return _about(file, size, 2 * at) if at < size > there else None
-    places = np.append(points["byte"].astype(np.uint64), np.uint64(size - at)) + np.uint64(at)
-    return Stream(most, numbers & (1 << 36) - 1, numbers >> 44, at, places)
+        return _about(file, size, 2 * at) if there < size else None
+    samples = numbers & (1 << 36) - 1
+    before_last = (len(points) - 1) * most
+    places = np.empty(0, np.uint32)
+    if len(points) and points[-1]["sample"] == before_last and samples <= before_last + most:
+        places = np.append(points["byte"].astype(np.uint32), np.uint32(size - at)) + np.uint32(at)
+    return Stream(most, samples, numbers >> 44, at, places)
 
 
 @lru_cache(16)
@@ -130,9 +141,9 @@ def _decoder(block: int, sample_rate: int, thread: int) -> AudioCodecContext:
 
 
 def with_seek_table(stream: bytes) -> bytes:
-    """A stream of libsndfile's, mono and of 16 bits, with a SEEKTABLE of all its frames after STREAMINFO.
+    """A stream of libsndfile's, mono and of 16 bits, with a SEEKTABLE (RFC 9639, 8.5) of all frames after STREAMINFO.
 
-    RFC 9639, 8.5. It is of use to whoever seeks in the stream.
+    It is of use to whoever seeks in it. As it is if it has too many frames, or samples that look like frames.
     """
     about = _about(io.BytesIO(stream), len(stream))
     assert about is not None
@@ -140,9 +151,13 @@ def with_seek_table(stream: bytes) -> bytes:
     frames = parser.parse(stream[about.frames_at :])
     while rest := parser.parse(None):
         frames += rest
-    points = np.zeros(len(frames), _POINT)
-    points["sample"] = np.arange(len(frames)) * about.block
-    points["byte"][1:] = np.cumsum([frame.size for frame in frames[:-1]])
+    points = np.zeros(-(-about.samples // about.block), _POINT)
+    begins = np.cumsum([0, *(frame.size for frame in frames)])[:-1].tolist()
+    right = (_is_frame(stream, about.frames_at + begin, number) for number, begin in enumerate(begins))
+    if len(frames) != len(points) or points.nbytes >> 24 or not all(right):
+        return stream
+    points["sample"] = np.arange(len(points)) * about.block
+    points["byte"] = begins
     points["samples"] = np.minimum(about.block, about.samples - points["sample"])
     kind = bytes([stream[4] | _SEEKTABLE])  # the last of the metadata if STREAMINFO was
     table = kind + points.nbytes.to_bytes(3) + points.tobytes()

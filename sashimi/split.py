@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from sashimi.grid import first_rows
 from sashimi.shard_rules import index_fault
 from sashimi.shards import DamagedMember, Row, check_command, read_index, read_manifest
 from sashimi.store import Entry, RemoteFile, RemoteFolder, Stretch, locate
+
+_SLOW = "a clip has no whole seek table, so it is read from its beginning, which is slow: pack the audio again"
 
 
 class Split:
@@ -138,7 +141,10 @@ def read_clip(shard: Path | RemoteFile, row: Row, start: int, samples: int, samp
             file.readinto(whole)
         with _Clip(io.BytesIO(whole)) as flac:
             # All from its beginning: a damaged head would be believed when seeking.
-            return flac.read(start + samples, dtype="int16")[start:], flac.samplerate
+            audio = flac.read(start + samples, dtype="int16")[start:]
+        if len(audio) == samples:
+            warnings.warn(f"{shard}: {_SLOW}", stacklevel=4)
+        return audio, flac.samplerate
 
     try:
         try:

@@ -266,9 +266,12 @@ class Stretch:
 
     def readinto(self, buffer: bytearray | memoryview, /) -> None:
         """Fills the buffer from where the last `seek` led."""
-        missing = len(buffer) - os.preadv(self.descriptor, [buffer], self.offset + self.place)
-        if missing:
-            raise OSError(f"the file ends {missing} bytes too early")
+        rest, place = memoryview(buffer), self.offset + self.place
+        while rest:
+            count = os.preadv(self.descriptor, [rest], place)
+            if count == 0:
+                raise OSError(f"the file ends {len(rest)} bytes too early")
+            rest, place = rest[count:], place + count
 
 
 def _has_size(path: Path, size: int) -> bool:

@@ -5,7 +5,8 @@ import struct
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -98,7 +99,8 @@ def plain_stream(frames: int, checked: Container[int], sync: bytes = b"\xff\xf8"
 def with_table(stream: bytes, order: Any = slice(None), far: int = 0) -> bytes:
     """A stream of libsndfile's of any kind, with points for its frames of 4096, or those of them in such an order."""
     places = np.array(frames_of(stream))
-    points = b"".join(struct.pack(">QQH", 0, at + far, 4096) for at in (places - places[0])[:-1][order].tolist())
+    begins = (places - places[0])[:-1][order].tolist()
+    points = b"".join(struct.pack(">QQH", number * 4096, at + far, 4096) for number, at in enumerate(begins))
     return stream[:42] + b"\3" + len(points).to_bytes(3) + points + stream[42:]
 
 
@@ -189,7 +191,8 @@ def test_what_was_seen_is_not_read_again() -> None:
 def test_what_was_seen_may_be_another_stream() -> None:
     """Then nothing is found, or the right samples; next time its metadata are read.
 
-    Mutations: in `read_flac`, no `clear`; in `_read_flac`, no `startswith`, or no `end <= size`.
+    Mutations: in `read_flac`, no `clear`; in `_is_frame`, no `coded`; in `_read_flac`, no `end <= size`; any `places`
+    are kept.
     """
     seen: list[flac.Stream] = []
     sounds = SIGNALS["walk"], SIGNALS["noise"], SIGNALS["walk"][:20_000]
@@ -210,6 +213,42 @@ def test_what_was_seen_may_be_another_stream() -> None:
     assert read_flac(io.BytesIO(shifted), len(shifted), 50 * 16, 16, seen) is None
     assert read_flac(io.BytesIO(plain), len(plain), 50 * 16, 16, seen)
     assert read_flac(io.BytesIO(plain), len(plain) // 2, 90 * 16, 16, seen) is None
+    long = plain_stream(5000, range(5000))
+    assert read_flac(io.BytesIO(long), len(long), 100, 16, seen)
+    assert seen == []  # its table would take much memory
+
+
+def test_samples_that_look_like_frames_make_no_wrong_table() -> None:
+    """Those of a FLAC stream taken for audio: whoever seeks is right.
+
+    Mutation, in `with_seek_table`: write the table that FFmpeg's frames make.
+    """
+    stream = sndfile(SIGNALS["noise"])
+    stream += bytes(len(stream) % 2)
+    audio = np.frombuffer(stream, ">i2").astype(np.int16)
+    table = flac.with_seek_table(sndfile(audio))
+    with sf.SoundFile(io.BytesIO(table)) as file:
+        for start in range(0, len(audio), 5000):
+            file.seek(start)
+            assert np.array_equal(file.read(100, dtype="int16"), audio[start : start + 100])
+            assert table[42] != 3 or np.array_equal(part(table, start, 100), audio[start : start + 100])
+
+
+def test_a_table_that_seems_wrong_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Last frames taken for one, or frames cut elsewhere. Mutations: drop `len(frames)`; drop `not all(right)`."""
+    stream = sndfile(SIGNALS["noise"][:15_000])
+    sizes = np.diff(frames_of(stream)).tolist()
+
+    class Parser(NamedTuple):
+        sizes: list[int]
+
+        def parse(self, data: bytes | None) -> list[SimpleNamespace]:
+            return [SimpleNamespace(size=size) for size in self.sizes] if data else []
+
+    first, second, third, last = sizes
+    for found in ([first, second, third + last], [first, second - 9, third + 9, last], sizes):
+        monkeypatch.setattr(flac, "AudioCodecContext", SimpleNamespace(create=lambda *_, found=found: Parser(found)))
+        assert (flac.with_seek_table(stream) == stream) == (found != sizes)
 
 
 def with_padding(stream: bytes, size: int) -> bytes:
@@ -252,7 +291,8 @@ def test_a_table_says_where_frames_begin(length: int) -> None:
 def test_what_it_cannot_tell_is_left_to_others() -> None:
     """Other formats, rests of streams, and tables that are wrong are None; not an error, not other samples.
 
-    Mutations: drop any of the conditions in `_about` or `_read_flac`; in `_about`, go on whatever the size.
+    Mutations: in `_about`, drop `least != most`, `not last`, or what is asked of the last point; in `_read_flac`, count
+    no samples; in `_is_frame`, drop either of the two.
     """
     audio = SIGNALS["walk"][:20_000]
     stream = encode(audio)
@@ -277,6 +317,7 @@ def test_what_it_cannot_tell_is_left_to_others() -> None:
         "endless metadata": stream[:42] + b"\1\xff\xff\xff" + stream[42:],
         "another beginning": b"OggS" + stream[4:],
         "blocks of several lengths": stream[:8] + b"\0\x10" + stream[10:],
+        "blocks of no length": stream[:8] + bytes(4) + stream[12:],
         "blocks of another length": stream[:8] + b"\x20\0\x20\0" + stream[12:],
         "numbers of samples": plain_stream(1250, range(1250), sync=b"\xff\xf9"),
         "of unknown length": stream[:21] + bytes([stream[21] & 0xF0]) + bytes(4) + stream[26:],
@@ -285,9 +326,13 @@ def test_what_it_cannot_tell_is_left_to_others() -> None:
     for name, other in others.items():
         assert part(other, 19_000, 1000) is None, name
     assert part(stream, 19_000, 1001) is None
+    longer = bytearray(encode(audio[:6000]))  # by a sample, and so are its blocks, it says
+    for place in (9, 11, 25):
+        longer[place] += 1
+    assert part(bytes(longer), 5000, 500) is None
     endless = stream[:21] + b"\xff" * 5 + stream[26:]
     assert read_flac(io.BytesIO(endless), 1 << 30, 0x110000 * 4096, 16) is None
-    for size in (1000, 5000, 20_000):
+    for size in (1000, flac._HEAD - 48, 20_000):  # the second ends two bytes before what is read at first
         assert np.array_equal(part(with_padding(stream, size), 19_000, 1000), audio[19_000:])
 
 
@@ -321,6 +366,7 @@ def test_our_own_shards_are_read_by_it(split: Split) -> None:
 
 @pytest.mark.parametrize("examples", [150, pytest.param(20_000, marks=pytest.mark.soak)])
 @pytest.mark.timeout(3000)
+@pytest.mark.filterwarnings("ignore:.*seek table")
 def test_damage_is_named_or_elsewhere(split: Split, examples: int, capfd: pytest.CaptureFixture) -> None:
     """Bits flipped anywhere in a member: never other samples, nor a word of the decoder's own; and what is whole is
     read as before.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import tarfile
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sashimi import shard_writer
 from sashimi.errors import InputError
 from sashimi.grid import Grid
 from sashimi.packing.verify import verify
@@ -44,7 +46,7 @@ def split(tmp_path: Path) -> Split:
 
 
 def test_any_stretch_is_read_back(split: Split) -> None:
-    """Law 10: sample for sample, across chunks and shards. Mutation: `side="right"` -> `"left"` in `Split.read`."""
+    """Law 10: sample for sample, across chunks and shards. Mutation: in `Split.read`, drop `place += 1`."""
     rows = [split.rows(number) for number in range(len(LENGTHS))]
     assert [int(chunks["samples"].sum()) for chunks in rows] == list(LENGTHS)
     assert [len(chunks) for chunks in rows] == [1, 1, 1, 2, 3, 3, 1, 5]
@@ -156,6 +158,7 @@ def test_damage_is_named(split: Split, damage: str) -> None:
     assert len(found["train"].faults) >= 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="lists open files as Linux tells them")
 def test_no_file_stays_open(split: Split) -> None:
     """Whatever becomes of it. Mutation: drop `os.close`, or call it only if there is no error."""
     before = os.listdir("/proc/self/fd")
@@ -165,6 +168,26 @@ def test_no_file_stays_open(split: Split) -> None:
     with pytest.raises(DamagedMember, match="bytes too early"):
         split.read(4, 500, 2000)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_short_reads_go_on(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of network file systems may be. Mutation: in `Stretch.readinto`, `while rest` -> `if rest`."""
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: read(file, [buffers[0][:100]], at))
+    assert np.array_equal(split.read(4, 500, 2000), recording(2500)[500:])
+
+
+def test_clips_without_seek_tables_are_read_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no others. Mutations: in `read_clip`, never warn; or whatever it read."""
+    read = write_split(tmp_path / "new", "train", {"r": recording(9000)}, RATE).read
+    with warnings.catch_warnings(action="error"):
+        assert np.array_equal(read(0, 5000, 100), recording(9000)[5000:5100])
+    monkeypatch.setattr(shard_writer, "with_seek_table", bytes)
+    bare = write_split(tmp_path / "old", "train", {"r": recording(9000)}, RATE)
+    with pytest.warns(
+        UserWarning, match=r"train-000000\.tar: a clip has no whole seek table, .*: pack the audio again"
+    ):
+        assert np.array_equal(bare.read(0, 5000, 100), recording(9000)[5000:5100])
 
 
 def test_a_disk_that_fails_is_named(
@@ -253,7 +276,7 @@ def test_index_is_rebuilt_from_the_tars(split: Split, corrupted: str) -> None:
 
 
 def test_verify_compares_index_and_tars(split: Split) -> None:
-    """An index of other shards, a stray shard, a missing chunk. Mutation: drop any of these checks in `verifying`."""
+    """An index of other shards, a stray shard, a missing chunk. Mutation: drop any of these checks in `verify`."""
     path = split.folder / "train.npy"
     index = np.load(path)
     index["start"][3] += 1

@@ -127,7 +127,7 @@ def test_law_9_to_resume_is_to_start_at_the_position(split: Split, position: int
 
 
 def test_law_8_counts_of_segments(split: Split) -> None:
-    """Mutation: in `Grid`, `np.maximum(0, …)`; or `beyond = data.segment`."""
+    """Mutation: in `Grid._counts`, `stop // L` for `(stop + L - 1) // L`; or drop `short`."""
     per_recording = {"drop": [1, 1, 3, 9, 1, 2, 1, 15, 2, 1], "pad": [1, 1, 4, 9, 1, 3, 1, 16, 3, 2]}
     for tail, counts in per_recording.items():
         grid = Grid(split.index, L, tail)
@@ -156,8 +156,8 @@ def test_law_8_each_segment_lies_where_a_table_of_all_recordings_puts_it(
 ) -> None:
     """Over many blocks of the index, within which recordings begin, go on and end.
 
-    Mutations: in `Grid.cut`, `side="left"`; in `Grid._counts`, drop `short`, or `before = stop // L - 1`; in
-    `first_rows`, start with `high` one less.
+    Mutations: in `Grid.cut`, `side="left"`, or no step back to the row where segments begin; in `Grid._counts`, drop
+    `short`, or `before = stop // L - 1`; in `first_rows`, start with `high` one less.
     """
     index = index_of(lengths, chunk)
     grid = Grid(index, segment, tail)
@@ -172,6 +172,9 @@ def test_law_8_each_segment_lies_where_a_table_of_all_recordings_puts_it(
     assert np.array_equal(cuts.starts, starts)
     assert np.array_equal(cuts.lengths, np.array(lengths)[recordings])
     assert np.array_equal(cuts.samples, np.minimum(segment, cuts.lengths - starts))
+    rows = index[cuts.rows]
+    assert np.array_equal(rows["recording"], recordings)
+    assert np.array_equal(rows["start"], starts // chunk * chunk)
 
 
 @settings(max_examples=200, deadline=None)
@@ -349,15 +352,6 @@ def test_streams_leave_the_callers_random_state_alone(split: Split) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files as Linux tells them")
-def test_no_file_is_left_open(split: Split) -> None:
-    """Mutation: in `open_local`, no `close`."""
-    segments = Segments(split, DATA, AUDIO, SEED)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    assert segments[np.arange(20)].faults == ()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("workers", [0, 1])
 def test_pinned_batches_are_the_same_batches(split: Split, workers: int) -> None:
@@ -418,7 +412,7 @@ def test_a_row_goes_on_where_it_was(split: Split, recordings: dict[str, np.ndarr
     """Where a row does not reset, its samples follow in the recording on those of its batch before; it resets at a
     recording's first segment and at the beginning of a passage. Each epoch scores what it does without passages.
 
-    Mutations: in `Segments`, `resets` without that of a recording; in `locate`, epochs of 0; in `Grid.crop`, samples
+    Mutations: in `Segments.locate`, `begins` without those of recordings, or epochs of 0; in `Grid.crop`, samples
     of filler.
     """
     data = replace(DATA, tail=tail, crop=crop, carry=4)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import av
 import numpy as np
 import soundfile as sf
 import soxr
@@ -39,6 +40,7 @@ PROCESSING = {
     "resampling": "soxr VHQ in float32; none if the rate is right",
     "rounding": "32768 x to nearest, ties to even",
     "clipping": "to [-32768, 32767]",
+    "seek tables": "of all frames",
     "left out": f"unreadable, empty, truncated, not finite, or nowhere over {SILENT_PEAK}/32768 from a constant",
 }
 
@@ -149,7 +151,12 @@ def _settings(config: PackConfig) -> dict[str, Any]:
     settings = asdict(config)
     for name in ("source", "out", "processes", "strict", "dry_run"):
         del settings[name]
-    packages = {"libsndfile": sf.__libsndfile_version__, "soundfile": sf.__version__, "soxr": soxr.__version__}
+    packages = {
+        "av": av.__version__,
+        "libsndfile": sf.__libsndfile_version__,
+        "soundfile": sf.__version__,
+        "soxr": soxr.__version__,
+    }
     return {"settings": settings, "processing": PROCESSING, "packages": packages}
 
 
