@@ -358,7 +358,7 @@ def test_lost_shards_stop_the_run(trainer: Callable[..., Trainer], tiny_shards: 
     Mutation: drop the error for `unscored`.
     """
     subject = trainer(4, steps=20, save_every=2, valid_every=100, max_bad_steps=3)
-    subject.data.train.folder = Path(shutil.copytree(tiny_shards, tmp_path / "lost"))
+    subject.data.train = open_split(shutil.copytree(tiny_shards, tmp_path / "lost"), "train")
 
     def lose(model: torch.nn.Module, step: int) -> None:
         if step == 4:
