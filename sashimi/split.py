@@ -17,8 +17,6 @@ from sashimi.shard_rules import index_fault
 from sashimi.shards import DamagedMember, Row, check_command, read_index, read_manifest
 from sashimi.store import Entry, RemoteFile, RemoteFolder, Stretch, locate
 
-_SLOW = "a clip has no whole seek table, so it is read from its beginning, which is slow: pack the audio again"
-
 
 class Split:
     """Random access to one split of a shard folder; made by `open_split`.
@@ -143,7 +141,8 @@ def read_clip(shard: Path | RemoteFile, row: Row, start: int, samples: int, samp
             # All from its beginning: a damaged head would be believed when seeking.
             audio = flac.read(start + samples, dtype="int16")[start:]
         if len(audio) == samples:
-            warnings.warn(f"{shard}: {_SLOW}", stacklevel=4)
+            slow = "a clip has no whole seek table, so it is read from its beginning, slowly: pack the audio again"
+            warnings.warn(f"{shard}: {slow}", stacklevel=4)
         return audio, flac.samplerate
 
     try:

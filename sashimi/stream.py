@@ -183,8 +183,9 @@ class Segments(Dataset[Batch]):
         silence = self.quantizer.silence
         levels = np.full((len(ids), self.data.segment), silence, self.quantizer.dtype)
         samples, faults = np.zeros(len(ids), np.int64), []
+        fields = cuts.recordings, cuts.starts, cuts.samples, cuts.rows
         for row in np.flatnonzero(cuts.samples).tolist():
-            recording, start, length, _, place = (field.item(row) for field in cuts[:5])
+            recording, start, length, place = (field.item(row) for field in fields)
             try:
                 sound = self.split.read(recording, start, length, place)
             except DamagedMember as damage:

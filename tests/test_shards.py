@@ -132,7 +132,7 @@ def test_split_is_small_to_send(split: Split) -> None:
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
 def test_damage_is_named(split: Split, damage: str) -> None:
-    """Shard, member and reason; never wrong samples. Mutation: in `Stretch.readinto`, drop `if missing`."""
+    """Shard, member and reason; never wrong samples. Mutation: in `Stretch.readinto`, end the loop without an error."""
     path = split.folder / split.shard_names[1]
     row = split.rows(4)[0]  # the second recording of the second shard: 2500 and then 3000 samples
     content = bytearray(path.read_bytes())
