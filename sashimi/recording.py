@@ -22,7 +22,7 @@ def record(
     """From now on a training pass of `objective` is launched as a whole; its inputs are of the shapes of `inputs`.
 
     In evaluation it runs as before. `autocast` gives the precision of the forward pass. With `accumulate`, gradients
-    may be added up over several passes. Raises Unavailable, and then changes nothing.
+    may be added up over several passes. Raises Unavailable, and then `objective` is what it was.
     """
     forward = objective.forward
 
@@ -30,6 +30,8 @@ def record(
         with autocast():  # in here, because the backward pass is recorded where this function is called
             return forward(*inputs)
 
+    # Weights' gradients belong to the stream that recorded them, which waits for training's; that costs an event.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     objective.train()
     objective.forward = cast  # type: ignore[method-assign,assignment]
     try:
@@ -50,8 +52,6 @@ def record(
         return nats.clone(), *(tensor.detach().clone() for tensor in carried)
 
     objective.forward = fresh  # type: ignore[method-assign,assignment]
-    # Weights' gradients belong to the stream that recorded them, which waits for training's; that costs an event.
-    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     if accumulate:
         for parameter in objective.parameters():
             if parameter.requires_grad:

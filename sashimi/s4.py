@@ -137,7 +137,7 @@ class S4(nn.Module):
                 r = self.recurrence() if made is None else made
                 assert isinstance(r, ssm.Recurrence)
                 y, x = _scan(r, self.D, u32, state and state.x)
-                state = state and state._replace(x=x)  # type: ignore[arg-type]
+                state = state and S4State(x, state.recurrence)  # type: ignore[arg-type]
         return y.to(u.dtype), state
 
     def convolves(self) -> bool:
@@ -150,7 +150,7 @@ class S4(nn.Module):
             u32 = u.to(self.D.dtype)
             y, x = state.recurrence.step(u32, state.x)
             y = torch.addcmul(y, self.D, u32)
-        return y.to(u.dtype), state._replace(x=x)
+        return y.to(u.dtype), S4State(x, state.recurrence)
 
     def init_state(self, batch_size: int) -> S4State:
         """The state of silence before a recording: zeros, on the parameters' device."""

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from sashimi.native import scan as native_scan
 from sashimi.native.library import library, library_or_none
@@ -42,6 +43,16 @@ def denormals() -> Iterator[None]:
     """A test that trains in this process leaves it flushing denormals, with which hypothesis cannot make floats."""
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def accelerate_anew() -> Iterator[None]:
+    """Accelerate knows of no precision yet, which it keeps for the whole process once it does."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(params=["native", "plain"])

@@ -138,13 +138,19 @@ def test_a_recording_that_fails_harms_nothing() -> None:
     assert torch.equal(*ids)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.fixture(params=["no", "bf16", "fp16"])
+def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, accelerate_anew: None) -> str:
+    """Of training in this process."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", request.param)
+    return request.param
+
+
 def test_training_in_each_precision(
-    train: Callable[..., list[dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+    train: Callable[..., list[dict]], tmp_path: Path, capsys: pytest.CaptureFixture[str], precision: str
 ) -> None:
     """The loss falls, resuming goes on with the loss scale. Mutation: do not restore `loss_scale`."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     lines = train("run", "--train.keep_last", "9", "--train.steps", "40")
+    assert f"on 1 x cuda, precision {precision}" in capsys.readouterr().err
     bits = [value for _, name, value in curve(lines) if name == "valid/bits"]
     assert bits[-1] < bits[0] - 0.3
     folder = tmp_path / "runs/run/checkpoints"
@@ -164,17 +170,19 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_recorded_steps_train_as_others(
-    train: Callable[..., list[dict]], monkeypatch: pytest.MonkeyPatch, options: str, precision: str
+    train: Callable[..., list[dict]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: str,
+    precision: str,
 ) -> None:
     """The losses of `train.graph` are those without, and it is what is run.
 
     Mutations: in `record`, no `outputs.clone()` or no `register_hook` (accumulated), no `.detach()` (carried), or
     `make_graphed_callables` under autocast.
     """
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     replay, replays = torch.cuda.CUDAGraph.replay, []
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
     curves = []
@@ -183,6 +191,7 @@ def test_recorded_steps_train_as_others(
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=r"train\.graph")
             lines = train(f"graph-{graph}", *OPTIONS[options], "--train.graph", str(graph).lower())
+        assert f"on 1 x cuda, precision {precision}" in capsys.readouterr().err
         curves.append(curve(lines))
         assert len(replays) == graph * 2 * 12 * {"accumulated": 4, "carried": 2}.get(options, 1)
     plain, recorded = curves

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from precision import watched
 from torch import Tensor
 from trained_like import relative, trained_like
@@ -339,22 +338,13 @@ def test_autocast_generates(backbone: str) -> None:
         assert relative(logits, sashimi(inputs)[:, 50]) < 0.05
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[Accelerator]:
-    """Accelerate in bf16, and its process-wide state taken away afterwards."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield Accelerator(cpu=True, mixed_precision="bf16")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-def test_accelerate_leaves_the_state_space_alone(accelerator: Accelerator) -> None:
+def test_accelerate_leaves_the_state_space_alone(accelerate_anew: None) -> None:
     """Law 5 after Accelerate prepared the model and optimizer for bf16: parameters unrounded, FFTs and S4 layers in
     float32, and a step changes every parameter.
 
     Mutation: in S4.forward, `enabled=False` -> `enabled=True`.
     """
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     sashimi = model(dtype=torch.float32)
     before = {name: p.detach().clone() for name, p in sashimi.named_parameters()}
     prepared, optimizer = accelerator.prepare(sashimi, torch.optim.AdamW(sashimi.parameters(), lr=1e-3))
