@@ -1,14 +1,14 @@
-"""Part of a FLAC stream (RFC 9639): only the frames that hold it are read and decoded, by a decoder that is kept.
+"""FLAC streams (RFC 9639) of which parts are read: only the frames that hold one, and by a decoder that is kept.
 
-A stream is metadata, the first of which is STREAMINFO, and frames of one length, but for the last. Streams that are
-packed here have a SEEKTABLE that says where each frame begins. libsndfile starts a decoder for each read, and decodes
+A stream is metadata, the first of which is STREAMINFO, and frames of one length, but for the last. Those that are
+written here have a SEEKTABLE that says where each frame begins. libsndfile starts a decoder for each read, and decodes
 where it seeks: for a second of audio, half of its time.
 
 What a table says is a guess: it must fit STREAMINFO, the first frame's number must be right, the decoder checks the two
 checksums of each frame, and the samples are counted.
 """
 
-import io
+import hashlib
 import struct
 import threading
 from functools import lru_cache
@@ -24,6 +24,7 @@ _INFO_ENDS = 42  # byte where STREAMINFO ends
 _SEEKTABLE = 3
 _POINT = np.dtype([("sample", ">u8"), ("byte", ">u8"), ("samples", ">u2")])  # bytes count from the first frame on
 _MOST_SEEN = 1 << 12  # frames of a stream whose table is kept
+_FRAME = 2048  # samples, at most
 _PADDING = 64  # bytes of memory that must follow those to be decoded: AV_INPUT_BUFFER_PADDING_SIZE
 
 
@@ -140,25 +141,36 @@ def _decoder(block: int, sample_rate: int, thread: int) -> AudioCodecContext:
     return decoder
 
 
-def with_seek_table(stream: bytes) -> bytes:
-    """A stream of libsndfile's, mono and of 16 bits, with a SEEKTABLE (RFC 9639, 8.5) of all frames after STREAMINFO.
+def write_flac(audio: NDArray[np.int16], sample_rate: int) -> bytes:
+    """A stream of int16 samples (samples,), at least one, with a SEEKTABLE of all its frames.
 
-    It is of use to whoever seeks in it. As it is if it has too many frames, or samples that look like frames.
+    Predictors are fixed polynomials: they take 1 to 10 % more bytes than the best linear ones, and two thirds of the
+    time to decode; and all arithmetic is of integers, so any CPU writes the same bytes.
     """
-    about = _about(io.BytesIO(stream), len(stream))
-    assert about is not None
-    parser = AudioCodecContext.create("flac", "r")
-    frames = parser.parse(stream[about.frames_at :])
-    while rest := parser.parse(None):
-        frames += rest
-    points = np.zeros(-(-about.samples // about.block), _POINT)
-    begins = np.cumsum([0, *(frame.size for frame in frames)])[:-1].tolist()
-    right = (_is_frame(stream, about.frames_at + begin, number) for number, begin in enumerate(begins))
-    if len(frames) != len(points) or points.nbytes >> 24 or not all(right):
-        return stream
-    points["sample"] = np.arange(len(points)) * about.block
-    points["byte"] = begins
-    points["samples"] = np.minimum(about.block, about.samples - points["sample"])
-    kind = bytes([stream[4] | _SEEKTABLE])  # the last of the metadata if STREAMINFO was
-    table = kind + points.nbytes.to_bytes(3) + points.tobytes()
-    return stream[:4] + b"\0" + stream[5:_INFO_ENDS] + table + stream[_INFO_ENDS:]
+    block = frame_length(sample_rate)
+    encoder = AudioCodecContext.create("flac", "w")
+    encoder.sample_rate, encoder.format, encoder.layout = sample_rate, "s16", "mono"
+    encoder.options = {"frame_size": f"{block}", "lpc_type": "fixed"}
+    whole = av.AudioFrame.from_ndarray(audio[None], format="s16", layout="mono")
+    whole.sample_rate = sample_rate
+    packets = *encoder.encode(whole), *encoder.encode(None)
+    frames = [bytes(packet) for packet in packets if packet.size]  # the last has only what FFmpeg says of the stream
+    points = np.zeros(len(frames), _POINT)
+    points["sample"] = np.arange(len(frames)) * block
+    points["byte"] = np.cumsum([0, *map(len, frames[:-1])])
+    points["samples"] = np.minimum(block, len(audio) - points["sample"])
+    table = points.tobytes()
+    sizes = b"".join(size.to_bytes(3) for size in (min(map(len, frames)), max(map(len, frames))))
+    numbers = sample_rate << 44 | 15 << 36 | len(audio)  # mono, 16 bits
+    checksum = hashlib.md5(audio.astype("<i2").tobytes(), usedforsecurity=False).digest()
+    info = struct.pack(">HH6sQ16s", block, block, sizes, numbers, checksum)
+    metadata = b"\0" + len(info).to_bytes(3) + info + bytes([1 << 7 | _SEEKTABLE]) + len(table).to_bytes(3) + table
+    return b"".join((b"fLaC", metadata, *frames))
+
+
+def frame_length(sample_rate: int) -> int:
+    """Samples a frame: of whole fractions of a second, so that frames begin where seconds do, the longest there is.
+
+    Multiples of 16, whose sixteenths are coded each by itself: there is none for 44,100 Hz.
+    """
+    return next((samples for samples in range(_FRAME, _FRAME // 4, -16) if sample_rate % samples == 0), _FRAME)

@@ -1,6 +1,5 @@
 """Recordings into one tar of the shard format (see `shards`), whole or absent and byte for byte reproducible."""
 
-import io
 import itertools
 import json
 import os
@@ -11,10 +10,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import soundfile as sf
 
 from sashimi.atomic import UNFINISHED
-from sashimi.flac import with_seek_table
+from sashimi.flac import write_flac
 from sashimi.shards import seal
 from sashimi.split import Split, open_split
 
@@ -59,11 +57,9 @@ class ShardWriter:
         total = 0
         try:
             for number, chunk in enumerate(regroup(blocks, self.chunk_samples)):
-                flac = io.BytesIO()
-                sf.write(flac, chunk, self.sample_rate, "PCM_16", format="FLAC", compression_level=1.0)
                 about = {"recording": recording, "start": total, "samples": len(chunk)}
                 about |= {"sample_rate": self.sample_rate, **fields}
-                self._member(f"{recording}-{number:05d}.flac", with_seek_table(flac.getvalue()))
+                self._member(f"{recording}-{number:05d}.flac", write_flac(chunk, self.sample_rate))
                 self._member(f"{recording}-{number:05d}.json", json.dumps(about, sort_keys=True).encode())
                 total += len(chunk)
             if total == 0:

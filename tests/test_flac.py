@@ -1,12 +1,12 @@
-"""Parts of FLAC streams: what libsndfile packed, sample for sample, or None; the right decoder for each thread."""
+"""FLAC streams: what libsndfile makes of them; their parts, sample for sample, or None; a decoder for each thread."""
 
+import hashlib
 import io
 import struct
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -16,12 +16,12 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from sashimi import flac
-from sashimi.flac import read_flac
+from sashimi.flac import read_flac, write_flac
 from sashimi.shard_writer import write_split
 from sashimi.shards import DamagedMember
 from sashimi.split import Split
 
-RATE = 8000
+RATE, BLOCK = 8000, 2000
 LONG = 150_000
 PHASES = [Phase.explicit, Phase.generate]
 
@@ -48,9 +48,9 @@ def signals() -> dict[str, np.ndarray]:
 SIGNALS = signals()
 
 
-def encode(audio: np.ndarray, level: int = 8) -> bytes:
+def encode(audio: np.ndarray) -> bytes:
     """As it is packed."""
-    return flac.with_seek_table(sndfile(audio, level))
+    return write_flac(audio, RATE)
 
 
 def sndfile(audio: np.ndarray, level: int = 8, kind: str = "PCM_16", container: str = "FLAC") -> bytes:
@@ -97,10 +97,10 @@ def plain_stream(frames: int, checked: Container[int], sync: bytes = b"\xff\xf8"
 
 
 def with_table(stream: bytes, order: Any = slice(None), far: int = 0) -> bytes:
-    """A stream of libsndfile's of any kind, with points for its frames of 4096, or those of them in such an order."""
-    places = np.array(frames_of(stream))
+    """A stream of libsndfile's of any kind, with points for its frames, or those of them in such an order."""
+    places, block = np.array(frames_of(stream)), int.from_bytes(stream[8:10])
     begins = (places - places[0])[:-1][order].tolist()
-    points = b"".join(struct.pack(">QQH", number * 4096, at + far, 4096) for number, at in enumerate(begins))
+    points = b"".join(struct.pack(">QQH", number * block, at + far, block) for number, at in enumerate(begins))
     return stream[:42] + b"\3" + len(points).to_bytes(3) + points + stream[42:]
 
 
@@ -113,18 +113,18 @@ def utf8_like(number: int) -> bytes:
     return bytes([(0xFF00 >> size & 0xFF) | number >> 6 * (size - 1), *rest])
 
 
-@pytest.mark.parametrize("level", range(9))
-def test_any_part_is_exact(level: int) -> None:
-    """In frames of 1152 (levels 0 to 2) or 4096 samples, at any place, of any signal and length; none is left out.
+@pytest.mark.parametrize("level", [None, *range(9)])
+def test_any_part_is_exact(level: int | None) -> None:
+    """In frames of 2000, 1152 (libFLAC's levels 0 to 2) or 4096 samples, at any place, of any signal and length.
 
     Mutations, in `_read_flac`: `-(-stop // block)` -> `stop // block + 1`; in `_about`: `size - at` -> `size`.
     """
-    rng = np.random.default_rng(level)
+    rng = np.random.default_rng(level or 0)
     for name, audio in SIGNALS.items():
         lengths = [LONG, *rng.choice([1, 2, 15, 100, 1151, 1152, 1153, 4095, 4096, 4097, 8192, 8193, 30_000], 4)]
         for length in lengths:
             sound = audio[-length:]
-            stream = encode(sound, level)
+            stream = encode(sound) if level is None else with_table(sndfile(sound, level))
             edges = [0, length - 1, *(edge for edge in (1151, 1152, 4096, length // 4096 * 4096) if edge < length)]
             for start in [*edges, *rng.integers(length, size=8)]:
                 for samples in {1, length - start, rng.integers(1, length - start + 1)}:
@@ -185,7 +185,7 @@ def test_what_was_seen_is_not_read_again() -> None:
         found = read_flac(Counted(stream), len(stream), start, min(5000, LONG - start), seen)
         assert found is not None
         assert np.array_equal(found[0], SIGNALS["bursts"][start : start + 5000])
-        assert reads == [places[-(-min(start + 5000, LONG) // 4096)] - places[start // 4096]]
+        assert reads == [places[-(-min(start + 5000, LONG) // BLOCK)] - places[start // BLOCK]]
 
 
 def test_what_was_seen_may_be_another_stream() -> None:
@@ -218,39 +218,6 @@ def test_what_was_seen_may_be_another_stream() -> None:
     assert seen == []  # its table would take much memory
 
 
-def test_samples_that_look_like_frames_make_no_wrong_table() -> None:
-    """Those of a FLAC stream taken for audio: whoever seeks is right.
-
-    Mutation, in `with_seek_table`: write the table that FFmpeg's frames make.
-    """
-    stream = sndfile(SIGNALS["noise"])
-    stream += bytes(len(stream) % 2)
-    audio = np.frombuffer(stream, ">i2").astype(np.int16)
-    table = flac.with_seek_table(sndfile(audio))
-    with sf.SoundFile(io.BytesIO(table)) as file:
-        for start in range(0, len(audio), 5000):
-            file.seek(start)
-            assert np.array_equal(file.read(100, dtype="int16"), audio[start : start + 100])
-            assert table[42] != 3 or np.array_equal(part(table, start, 100), audio[start : start + 100])
-
-
-def test_a_table_that_seems_wrong_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Last frames taken for one, or frames cut elsewhere. Mutations: drop `len(frames)`; drop `not all(right)`."""
-    stream = sndfile(SIGNALS["noise"][:15_000])
-    sizes = np.diff(frames_of(stream)).tolist()
-
-    class Parser(NamedTuple):
-        sizes: list[int]
-
-        def parse(self, data: bytes | None) -> list[SimpleNamespace]:
-            return [SimpleNamespace(size=size) for size in self.sizes] if data else []
-
-    first, second, third, last = sizes
-    for found in ([first, second, third + last], [first, second - 9, third + 9, last], sizes):
-        monkeypatch.setattr(flac, "AudioCodecContext", SimpleNamespace(create=lambda *_, found=found: Parser(found)))
-        assert (flac.with_seek_table(stream) == stream) == (found != sizes)
-
-
 def with_padding(stream: bytes, size: int) -> bytes:
     """The same with that much more metadata."""
     assert stream[4] == 0, "STREAMINFO is not the last of the metadata"
@@ -263,29 +230,49 @@ def frames_of(stream: bytes) -> list[int]:
         return [*(packet.pos for packet in container.demux() if packet.pos is not None), len(stream)]
 
 
-@pytest.mark.parametrize("length", [1, 16, 4096, 4097, LONG])
-def test_a_table_says_where_frames_begin(length: int) -> None:
-    """And changes no sample, for those who read it all and for those who seek by it; it is all that is new.
+@pytest.mark.parametrize("length", [1, 16, BLOCK, BLOCK + 1, LONG])
+def test_others_read_what_is_written(length: int) -> None:
+    """libsndfile all of it, and from where it seeks to by the table, which has FFmpeg's places of the frames.
 
-    Mutations, in `with_seek_table`: `frames` without the `rest`; `points["samples"]` of whole blocks; `kind` 3 in any
-    case; drop `stream[:4] + b"\\0"` for the first five bytes.
+    Their checksum and sizes are said as the format has them. Mutations, in `write_flac`: `frames[:-1]` -> `frames[1:]`
+    (then without its first); `points["samples"]` of whole blocks; `min` and `max` in turn; no `.astype("<i2")` but
+    `">i2"`; `15 << 36` -> `23 << 36`.
     """
     for name, audio in SIGNALS.items():
-        sound, before = audio[-length:], sndfile(audio[-length:])
-        bare = before[:4] + b"\x80" + before[5:42] + before[frames_of(before)[0] :]  # of metadata, STREAMINFO alone
-        for stream in (before, bare):
-            table = flac.with_seek_table(stream)
-            added = len(table) - len(stream)
-            points = np.frombuffer(table, flac._POINT, added // 18, 46)
-            assert table[42] == (0x83 if stream is bare else 3)
-            assert table[:4] + stream[4:5] + table[5:42] + table[42 + added :] == stream
-            assert [*(points["byte"] + frames_of(table)[0]), len(table)] == frames_of(table), name
-            assert points["sample"].tolist() == [*range(0, length, 4096)]
-            assert np.array_equal(np.cumsum(points["samples"], dtype=int), [*range(4096, length, 4096), length])
-            with sf.SoundFile(io.BytesIO(table)) as file:
-                assert np.array_equal(file.read(dtype="int16"), sound), name
-                file.seek(length // 2)
-                assert np.array_equal(file.read(dtype="int16"), sound[length // 2 :]), name
+        sound = audio[-length:]
+        stream = encode(sound)
+        places = frames_of(stream)
+        points = np.frombuffer(stream, flac._POINT, int.from_bytes(stream[43:46]) // 18, 46)
+        assert [*(points["byte"] + places[0]), len(stream)] == places, name
+        assert points["sample"].tolist() == [*range(0, length, BLOCK)]
+        assert np.array_equal(np.cumsum(points["samples"], dtype=int), [*range(BLOCK, length, BLOCK), length])
+        sizes = np.diff(places).tolist()
+        assert stream[12:18] == min(sizes).to_bytes(3) + max(sizes).to_bytes(3)
+        assert stream[26:42] == hashlib.md5(sound.astype("<i2").tobytes()).digest()
+        with sf.SoundFile(io.BytesIO(stream)) as file:
+            assert (file.samplerate, file.channels, file.subtype) == (RATE, 1, "PCM_16")
+            assert np.array_equal(file.read(dtype="int16"), sound), name
+            file.seek(length // 2)
+            assert np.array_equal(file.read(dtype="int16"), sound[length // 2 :]), name
+
+
+@pytest.mark.parametrize(
+    ("rate", "block"),
+    [(8000, 2000), (16000, 2000), (48000, 2000), (2048, 2048), (44100, 2048), (7, 2048), (655350, 2048)],
+)
+def test_frames_begin_where_seconds_do(rate: int, block: int) -> None:
+    """Where a fraction of one can be divided well; at any rate it can be written and read.
+
+    Mutations: in `frame_length`, `-16` -> `-1`, or `_FRAME // 4` -> `_FRAME - 16`.
+    """
+    audio = SIGNALS["bursts"][:10_000]
+    stream = write_flac(audio, rate)
+    assert stream[8:12] == 2 * block.to_bytes(2)
+    assert sf.info(io.BytesIO(stream)).samplerate == rate
+    found = read_flac(io.BytesIO(stream), len(stream), 5000, 5000)
+    assert found is not None
+    assert found[1] == rate
+    assert np.array_equal(found[0], audio[5000:])
 
 
 def test_what_it_cannot_tell_is_left_to_others() -> None:
@@ -295,8 +282,8 @@ def test_what_it_cannot_tell_is_left_to_others() -> None:
     no samples; in `_is_frame`, drop either of the two.
     """
     audio = SIGNALS["walk"][:20_000]
-    stream = encode(audio)
     bare = sndfile(audio)
+    stream = with_table(bare)
     stereo, fine = with_table(sndfile(np.stack([audio, audio], 1))), with_table(sndfile(audio, kind="PCM_24"))
     others = {
         "stereo": stereo,
@@ -326,7 +313,7 @@ def test_what_it_cannot_tell_is_left_to_others() -> None:
     for name, other in others.items():
         assert part(other, 19_000, 1000) is None, name
     assert part(stream, 19_000, 1001) is None
-    longer = bytearray(encode(audio[:6000]))  # by a sample, and so are its blocks, it says
+    longer = bytearray(with_table(sndfile(audio[:6000])))  # by a sample, and so are its blocks, it says
     for place in (9, 11, 25):
         longer[place] += 1
     assert part(bytes(longer), 5000, 500) is None
@@ -348,7 +335,7 @@ def split(tmp_path: Path) -> Split:
 def test_our_own_shards_are_read_by_it(split: Split) -> None:
     """Each chunk, each time, or reading would take twice as long and nothing would say so.
 
-    Mutations: in `read_clip`, `found = None`; `compression_level=1.0` -> `0.0` and `_about` for blocks of 4096 alone.
+    Mutations: in `read_clip`, `found = None`; in `write_flac`, `table = b""`.
     """
     flac._decoder.cache_clear()  # which each failure does, too
     calls = 0

@@ -40,7 +40,7 @@ PROCESSING = {
     "resampling": "soxr VHQ in float32; none if the rate is right",
     "rounding": "32768 x to nearest, ties to even",
     "clipping": "to [-32768, 32767]",
-    "seek tables": "of all frames",
+    "flac": "fixed predictors, frames of whole fractions of a second, seek tables of all frames",
     "left out": f"unreadable, empty, truncated, not finite, or nowhere over {SILENT_PEAK}/32768 from a constant",
 }
 

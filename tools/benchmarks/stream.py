@@ -19,10 +19,10 @@ from sashimi.shard_writer import write_split
 from sashimi.split import forget_streams, open_split
 from sashimi.stream import DataConfig, train_batches
 
-RATE = 16_000
-ALL = 600 * RATE  # samples of a data set, at least, if they are no more than so many recordings
+DEMO = Path(__file__).parents[2] / "shards" / "demo"
+ALL = 9_600_000  # samples of a data set, at least, if they are no more than so many recordings
 MOST = 2000
-LONG = 20 * RATE  # samples of a long recording, at least
+LONG = 320_000  # samples of a long recording, at least
 BATCH = 16
 
 
@@ -42,9 +42,10 @@ class StreamSettings(Settings):
 def bench_stream(config: StreamSettings, device: torch.device) -> dict[str, float]:
     """Decoded and quantized samples a second in this process, and of a plain WebDataset pipeline on the same shards.
 
-    The floor is decoding alone: whole recordings, their FLAC bytes already in memory, by the decoder that the stream
-    has. All of this for recordings of one segment each, as SC09's are, and (`long_...`) of so many segments that they
-    last 20 seconds. And the opening of a data set of many clips.
+    What is read is the demo's speech, over and over. The floor is decoding alone: whole recordings, their FLAC bytes
+    already in memory, by the decoder that the stream has. All of this for recordings of one segment each, as SC09's
+    are, and (`long_...`) of so many segments that they are of 320,000 samples. And the opening of a data set of many
+    clips.
     """
     short = compare(config.length, 1, config.repetitions)
     long = compare(config.length, max(2, -(-LONG // config.length)), config.repetitions)
@@ -60,16 +61,19 @@ def compare(length: int, segments: int, repetitions: int) -> dict[str, float]:
         raise InputError("part=stream: compares with webdataset, which is not here: pip install webdataset") from None
     size = segments * length
     recordings = min(-(-ALL // size), MOST)
-    rng = np.random.default_rng(0)
-    walk = {f"{i}": (rng.normal(0, 500, size).cumsum() % 20000 - 10000).astype(np.int16) for i in range(recordings)}
+    demo = open_split(DEMO, "train")
+    lengths = np.bincount(demo.index["recording"], demo.index["samples"]).astype(int).tolist()
+    speech = np.concatenate([demo.read(recording, 0, length) for recording, length in enumerate(lengths)])
+    sounds = np.resize(speech, (recordings, size))
     with tempfile.TemporaryDirectory() as folder:
-        write_split(Path(folder), "train", walk, RATE)
+        write_split(Path(folder), "train", {f"{i}": sound for i, sound in enumerate(sounds)}, demo.sample_rate)
         split = open_split(folder, "train")
+        audio = AudioConfig(demo.sample_rate)
         data = DataConfig(folder, segment=length, workers=0)
         steps = -(-recordings * segments // BATCH)
-        batches = train_batches(split, data, AudioConfig(RATE), 0, 0, BATCH, None)
+        batches = train_batches(split, data, audio, 0, 0, BATCH, None)
         shards = [f"{folder}/{name}" for name in split.shard_names]
-        quantizer = Quantizer(AudioConfig(RATE))
+        quantizer = Quantizer(audio)
 
         def ours() -> None:
             forget_streams()  # what an epoch of many recordings leaves of the one before
