@@ -35,12 +35,16 @@ template <class F> struct Vector {
 template <class F> typename Vector<F>::V& at(F* x) { return *(typename Vector<F>::V*)x; }
 template <class F> const typename Vector<F>::V& at(const F* x) { return *(const typename Vector<F>::V*)x; }
 
-// Memory that begins where a line of the cache does.
+// Memory that begins where a line of the cache does, with whatever is there, unless it is told what.
 template <class F> struct Aligned {
     using value_type = F;
     Aligned() = default;
     template <class G> Aligned(const Aligned<G>&) {}
     F* allocate(size_t n) { return (F*)::operator new(n * sizeof(F), std::align_val_t(64)); }
+    template <class G> void construct(G* place) { ::new (place) G; }
+    template <class G, class... Values> void construct(G* place, Values&&... values) {
+        ::new (place) G(std::forward<Values>(values)...);
+    }
     void deallocate(F* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
     bool operator==(const Aligned&) const { return true; }
     bool operator!=(const Aligned&) const { return false; }

@@ -28,7 +28,7 @@ template <class F> struct System {
     int64_t P;  // modes: N/2, padded
     Numbers<F> re, im, a, b;
 
-    explicit System(int64_t P) : P(P), re(P), im(P), a(2 * P), b(2 * P) {}
+    explicit System(int64_t P) : P(P), re(P, 0), im(P, 0), a(2 * P, 0), b(2 * P, 0) {}
 
     void step(const F* x, F* y) const {
         const F w = dot(&b[0], x, 2 * P);
@@ -66,7 +66,7 @@ template <class F> struct Channel {
     // parameters: decay's real and imaginary parts, a, b, B, C, D: 5 N + 1.
     Channel(const F* p, int64_t P)
         : P(P), N(2 * P), system(P), transposed(P), diagonal(P), C(p + 4 * N, p + 5 * N), cols(T * N), outs(T * N),
-          reach(T * N), feed(T * N), kernel(T), M(N * N) {
+          reach(T * N), feed(T * N), kernel(T), M(N * N, 0) {
         for (int64_t i = 0; i < P; i++) {
             system.re[i] = transposed.re[i] = diagonal.re[i] = p[i];
             system.im[i] = p[P + i];
@@ -103,7 +103,7 @@ template <class F> struct Channel {
 
     // direct (T, T): u direct is the part of a chunk's output that its own samples make. Or its transpose.
     Numbers<F> toeplitz(bool transposed) const {
-        Numbers<F> matrix(T * T), band(2 * T);
+        Numbers<F> matrix(T * T), band(2 * T, 0);
         if (transposed) std::reverse_copy(kernel.begin(), kernel.end(), band.begin());
         else std::copy(kernel.begin(), kernel.end(), band.begin() + T);
         const F* first = &band[transposed ? T - 1 : T];
@@ -144,8 +144,8 @@ template <class F> struct Backward : Channel<F> {
     Numbers<F> d_states;                       // (ROWS, BLOCK + 1, N): before each chunk of a block, and after the last
 
     Backward(const F* p, int64_t P)
-        : Channel<F>(p, P), M_T(N * N), cols_T(N * T), direct_T(this->toeplitz(true)), d_M(N * N), d_cols(T * N),
-          d_outs(T * N), d_direct(T * T), d_states(ROWS * (BLOCK + 1) * N) {
+        : Channel<F>(p, P), M_T(N * N), cols_T(N * T), direct_T(this->toeplitz(true)), d_M(N * N, 0), d_cols(T * N, 0),
+          d_outs(T * N, 0), d_direct(T * T, 0), d_states(ROWS * (BLOCK + 1) * N) {
         transpose(&this->M[0], N, N, N, &M_T[0], N);
         transpose(&this->cols[(T - 1) * N], T, N, -N, &cols_T[0], T);
     }
@@ -175,16 +175,15 @@ template <class F> struct Backward : Channel<F> {
     // The parameters' gradients, as the parameters lie. Once, at the end.
     void parameters(F* p) {
         System<F> d(P), d_transposed(P), d_diagonal(P);
-        Numbers<F> d_C(N), d_reach(T * N), d_feed(T * N), d_M_T(N * N), d_powers(T * N);
-        for (int64_t l = 0; l < T; l++) {
-            F d_kernel = 0;
-            for (int64_t i = 0; i + l < T; i++) d_kernel += d_direct[i * T + i + l];
-            if (l == 0) p[5 * N] = d_kernel;
+        Numbers<F> d_C(N, 0), d_reach(T * N), d_feed(T * N), d_M_T(N * N), d_powers(T * N), d_kernel(T, 0);
+        for (int64_t i = 0; i < T; i++)
+            for (int64_t l = 0; i + l < T; l++) d_kernel[l] += d_direct[i * T + i + l];
+        p[5 * N] = d_kernel[0];
+        for (int64_t l = 0; l < T; l++)
             for (int64_t i = 0; i < N; i += Vector<F>::W) {
-                at(&d_powers[l * N + i]) = at(&d_cols[(T - 1 - l) * N + i]) + d_kernel * at(&this->C[i]);
-                at(&d_C[i]) += d_kernel * at(&this->cols[l * N + i]);
+                at(&d_powers[l * N + i]) = at(&d_cols[(T - 1 - l) * N + i]) + d_kernel[l] * at(&this->C[i]);
+                at(&d_C[i]) += d_kernel[l] * at(&this->cols[l * N + i]);
             }
-        }
         multiply<F>(T, N, N, &this->feed[(T - 1) * N], -N, 1, &d_M[0], N, &d_reach[0], N, false);
         transpose(&d_M[0], N, N, N, &d_M_T[0], N);
         multiply<F>(T, N, N, &this->reach[0], N, 1, &d_M_T[0], N, &d_feed[(T - 1) * N], -N, false);
@@ -296,7 +295,7 @@ int backward(int64_t B, int64_t L, int64_t H, int64_t P, int64_t threads, const 
         Backward<F> channel(params + h * (5 * N + 1), P);
         for (int64_t b = 0; b < B; b += ROWS) {
             const int64_t rows = std::min<int64_t>(ROWS, B - b), place = (h * B + b) * length;
-            std::fill(channel.d_states.begin(), channel.d_states.end(), 0);
+            for (int64_t r = 0; r < rows; r++) std::fill_n(&channel.d_states[r * (BLOCK + 1) * N], N, 0);
             for (int64_t k = (n - 1) / BLOCK * BLOCK; k >= 0; k -= BLOCK)
                 channel.block(rows, std::min(BLOCK, n - k), length, size, u ? u + place + k * T : nullptr,
                               states + (h * B + b) * size + k * N, d_y + place + k * T,
