@@ -19,8 +19,7 @@ import numpy as np
 from av.audio.codeccontext import AudioCodecContext
 from numpy.typing import NDArray
 
-_HEAD = 1 << 13  # bytes that hold all metadata of a minute at 16 kHz
-_INFO_ENDS = 42  # byte where STREAMINFO ends
+_HEAD = 9 << 10  # bytes that hold all metadata of a minute at 16 kHz
 _SEEKTABLE = 3
 _POINT = np.dtype([("sample", ">u8"), ("byte", ">u8"), ("samples", ">u2")])  # bytes count from the first frame on
 _MOST_SEEN = 1 << 12  # frames of a stream whose table is kept

@@ -148,7 +148,7 @@ def test_frames_have_numbers_of_any_size() -> None:
 
 
 def test_only_what_holds_a_part_is_read() -> None:
-    """Twice: the beginning, and a few frames. Mutation: `_read` from `stream.frames_at` on."""
+    """Twice: the beginning, and a few frames. Mutations: `_read` from `stream.frames_at` on; `_HEAD` of 8 KiB."""
     stream = encode(SIGNALS["walk"])
     reads = []
 
@@ -161,6 +161,10 @@ def test_only_what_holds_a_part_is_read() -> None:
         assert read_flac(Counted(stream), len(stream), start, 1000)
     assert len(reads) == 2 * LONG // 1000
     assert sum(reads) < len(reads) / 2 * len(stream) / 3
+    minute = write_flac(np.zeros(960_000, np.int16), 16_000)
+    reads.clear()
+    assert read_flac(Counted(minute), len(minute), 900_000, 1000)
+    assert len(reads) == 2
 
 
 def test_what_was_seen_is_not_read_again() -> None:
