@@ -125,7 +125,11 @@ def test_any_part_is_exact(level: int | None) -> None:
         for length in lengths:
             sound = audio[-length:]
             stream = encode(sound) if level is None else with_table(sndfile(sound, level))
-            edges = [0, length - 1, *(edge for edge in (1151, 1152, 4096, length // 4096 * 4096) if edge < length)]
+            edges = [
+                0,
+                length - 1,
+                *(edge for edge in (1151, 1152, BLOCK - 1, BLOCK, 4096, length // 4096 * 4096) if edge < length),
+            ]
             for start in [*edges, *rng.integers(length, size=8)]:
                 for samples in {1, length - start, rng.integers(1, length - start + 1)}:
                     found = part(stream, int(start), int(samples))

@@ -42,9 +42,6 @@ template <class F> struct Aligned {
     template <class G> Aligned(const Aligned<G>&) {}
     F* allocate(size_t n) { return (F*)::operator new(n * sizeof(F), std::align_val_t(64)); }
     template <class G> void construct(G* place) { ::new (place) G; }
-    template <class G, class... Values> void construct(G* place, Values&&... values) {
-        ::new (place) G(std::forward<Values>(values)...);
-    }
     void deallocate(F* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
     bool operator==(const Aligned&) const { return true; }
     bool operator!=(const Aligned&) const { return false; }

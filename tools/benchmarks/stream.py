@@ -62,12 +62,11 @@ def compare(length: int, segments: int, repetitions: int) -> dict[str, float]:
     size = segments * length
     recordings = min(-(-ALL // size), MOST)
     demo = open_split(DEMO, "train")
-    lengths = np.bincount(demo.index["recording"], demo.index["samples"]).astype(int).tolist()
-    speech = np.concatenate([demo.read(recording, 0, length) for recording, length in enumerate(lengths)])
-    sounds = np.resize(speech, (recordings, size))
+    lengths = (int(demo.rows(recording)["samples"].sum()) for recording in range(demo.n_recordings))
+    speech = np.concatenate([demo.read(recording, 0, samples) for recording, samples in enumerate(lengths)])
+    sounds = {f"{i}": sound for i, sound in enumerate(np.resize(speech, (recordings, size)))}
     with tempfile.TemporaryDirectory() as folder:
-        write_split(Path(folder), "train", {f"{i}": sound for i, sound in enumerate(sounds)}, demo.sample_rate)
-        split = open_split(folder, "train")
+        split = write_split(folder, "train", sounds, demo.sample_rate)
         audio = AudioConfig(demo.sample_rate)
         data = DataConfig(folder, segment=length, workers=0)
         steps = -(-recordings * segments // BATCH)
