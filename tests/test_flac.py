@@ -243,7 +243,7 @@ def test_others_read_what_is_written(length: int) -> None:
     """libsndfile all of it, and from where it seeks to by the table, which has FFmpeg's places of the frames.
 
     Their checksum and sizes are said as the format has them. Mutations, in `write_flac`: `frames[:-1]` -> `frames[1:]`
-    (then without its first); `points["samples"]` of whole blocks; `min` and `max` in turn; no `.astype("<i2")` but
+    (then without its first); `points["samples"]` of whole blocks; `(min, max)` -> `(max, min)`; no `.astype("<i2")` but
     `">i2"`; `15 << 36` -> `23 << 36`.
     """
     for name, audio in SIGNALS.items():
