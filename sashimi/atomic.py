@@ -49,7 +49,10 @@ def from_json(content: bytes, where: str) -> dict[str, Any]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace one file: readers see the old content or the new, also after a crash. OSError leaves the old one."""
+    """Replace one file: readers see the old content or the new, also after a crash. OSError leaves the old one.
+
+    One process at a time may write one file.
+    """
     unfinished = path.with_name(UNFINISHED + path.name)
     try:
         _write_flushed(unfinished, content)
@@ -164,10 +167,14 @@ def _write_entry(path: Path, content: bytes) -> Entry:
 
 
 def _write_flushed(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = str(path)  # writing does not say where
+        raise
 
 
 def _flush_folder(folder: Path) -> None:

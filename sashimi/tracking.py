@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,8 +56,9 @@ class Tracker:
     """The interface; by itself it keeps nothing, and only messages get out."""
 
     def note(self, text: str) -> None:
-        """Show one line now."""
-        tqdm.write("\n".join(map(one_line, text.split("\n"))), file=sys.stderr)
+        """Show one line now, if there is anywhere to; a terminal may be closed."""
+        with suppress(OSError):
+            tqdm.write("\n".join(map(one_line, text.split("\n"))), file=sys.stderr)
 
     def step(self, step: int, scalars: Mapping[str, float], samples: int, position: int) -> None:
         """An optimizer step is done; it scored `samples` samples over all ranks and left the stream at `position`."""
@@ -91,15 +92,21 @@ class RunTracker(Tracker):
         self, folder: Path, config: TrackConfig, start_step: int, total_steps: int, segments_per_epoch: int
     ) -> None:
         self.config, self.total_steps, self.segments_per_epoch = config, total_steps, segments_per_epoch
+        self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock, which the loader's workers would have too, and keep for seconds after a kill of this process.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise InputError(f"{folder}: another process trains this run; stop it, or take another --name") from None
-        self._full = False
+        except OSError as error:  # some clusters' storage
+            self.note(f"{folder}: cannot be locked ({error.strerror}); see to it that no other process trains this run")
+        self._in_gap = False
+        self._valid = ""  # the last validation, as progress shows it
         cut_back(folder / "metrics.jsonl", start_step)
         self._metrics = (folder / "metrics.jsonl").open("a")
+        self._writer: SummaryWriter | None
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
         self._throughput = Throughput()
         self._bar = tqdm(
@@ -111,13 +118,14 @@ class RunTracker(Tracker):
     def step(self, step: int, scalars: Mapping[str, float], samples: int, position: int) -> None:
         """Count it; every `log_every` steps and at the last one, log its scalars, epoch and samples a second."""
         self._throughput.add(samples)
-        self._bar.update(1)
+        with suppress(OSError):
+            self._bar.update(1)
         if step % self.config.log_every and step != self.total_steps:
             return
         rate = self._throughput.read()
         epoch = position / self.segments_per_epoch
         self.log(step, {**scalars, "epoch": epoch, "samples_per_second": rate})
-        shown = f"{scalars.get('train/bits', math.nan):.3f} bits, {rate:.3g} samples/s"
+        shown = f"{scalars.get('train/bits', math.nan):.3f} bits{self._valid}, {rate:.3g} samples/s"
         self._bar.set_postfix_str(shown, refresh=False)
         now = time.monotonic()
         due = now - self._last_line >= self.config.progress_seconds or step == self.total_steps
@@ -128,36 +136,48 @@ class RunTracker(Tracker):
             self.note(f"step {step}/{self.total_steps}: {shown}, epoch {epoch:.2f}, ETA {eta}")
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl and as many TensorBoard scalars. What is not finite is null in JSON.
-
-        Where the disk is full, the log has a gap and training goes on.
-        """
-        try:
-            self._write(step, scalars)
-        except OSError as error:
-            if not self._full:
-                self.note(f"step {step} is NOT LOGGED, nor will be others: {error}")
-            self._full = True
-
-    def _write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and as many TensorBoard scalars. What is not finite is null in JSON."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._metrics.flush()
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+        if "valid/bits" in scalars:
+            self._valid = f" (validation {scalars['valid/bits']:.3f})"
+        with self._or_gap(f"step {step}"):
+            self._metrics.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._metrics.flush()
+            with self._tensorboard() as writer:
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, step)
 
     def audio(self, step: int, clips: Sequence[Tensor], sample_rate: int) -> None:
         """TensorBoard's audio and image tabs, one entry a clip."""
-        for i, clip in enumerate(clips):
-            self._writer.add_audio(f"generated/{i}", clip[None], step, sample_rate)
-            self._writer.add_image(f"spectrogram/{i}", spectrogram_image(clip), step)
-        self._writer.flush()
+        with self._or_gap(f"the audio of step {step}"), self._tensorboard() as writer:
+            for i, clip in enumerate(clips):
+                writer.add_audio(f"generated/{i}", clip[None], step, sample_rate)
+                writer.add_image(f"spectrogram/{i}", spectrogram_image(clip), step)
 
     def text(self, name: str, text: str) -> None:
         """TensorBoard's text tab, as it is."""
         indented = "".join(f"    {line}\n" for line in text.splitlines())
-        self._writer.add_text(name, indented)
+        with self._or_gap(name), self._tensorboard() as writer:
+            writer.add_text(name, indented)
+
+    @contextmanager
+    def _or_gap(self, what: str) -> Iterator[None]:
+        """Within: where the disk is full, the log has a gap, whose beginning is shown, and training goes on."""
+        try:
+            yield
+            self._in_gap = False
+        except OSError as error:
+            if not self._in_gap:
+                self.note(f"{what} is NOT LOGGED, nor is what follows until that can be written: {error}")
+            self._in_gap = True
+
+    @contextmanager
+    def _tensorboard(self) -> Iterator[SummaryWriter]:
+        """Its writer; another one after an OSError, which the same one would raise for ever."""
+        writer, self._writer = self._writer or SummaryWriter(str(self._folder)), None
+        yield writer
+        writer.flush()
+        self._writer = writer
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -167,10 +187,10 @@ class RunTracker(Tracker):
 
     def close(self) -> None:
         """Finish the files and the bar."""
-        self._bar.close()
-        self._writer.close()
-        self._metrics.close()
-        self._lock.close()
+        for file in (self._bar, self._writer, self._metrics, self._lock):
+            if file is not None:
+                with suppress(OSError):  # a disk that is full, which was said, or a terminal that was closed
+                    file.close()
 
 
 class Throughput:
@@ -216,7 +236,7 @@ def _step_of(line: bytes) -> int:
     """The step of a whole line of metrics, -1 for any other."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else -1
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return -1
 
 

@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,6 @@ from safetensors.torch import load_file
 from sashimi import saver
 from sashimi.distributed import Distributed
 from sashimi.shard_writer import write_split
-from sashimi.tracking import RunTracker, TrackConfig
 from sashimi.trainer import Trainer
 
 Train = Callable[..., list[dict]]
@@ -286,11 +287,14 @@ def test_another_runs_checkpoint_is_refused(train: Train, tmp_path: Path, capsys
 def test_one_writer_at_a_time(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While one process trains a run, another one is refused and moves nothing.
 
-    Mutations: no `flock` in `RunTracker`; `rewind` before the tracker in launch/train.py.
+    Mutations: no `lockf` in `RunTracker`; `rewind` before the tracker in launch/train.py.
     """
     run = tmp_path / "runs/run"
     train("run", *KEEP)
-    tracker = RunTracker(run, TrackConfig(), 12, 20, 40)
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", lock, run / ".lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    other.stdout.readline()
     files = [run / "metrics.jsonl", run / "best.json", run / "config.yaml", *(run / "checkpoints").rglob("*")]
     before = [path.stat().st_mtime_ns for path in files]
     capsys.readouterr()
@@ -301,7 +305,7 @@ def test_one_writer_at_a_time(train: Train, tmp_path: Path, capsys: pytest.Captu
         f"error: {run}: another process trains this run; stop it, or take another --name"
     ]
     assert [path.stat().st_mtime_ns for path in files] == before
-    tracker.close()
+    other.communicate()
     train("run", *KEEP, "--resume", str(run / "checkpoints/step-00000004"))
 
 

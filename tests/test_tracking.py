@@ -1,13 +1,21 @@
 """Tracking: metrics and TensorBoard agree, also across a kill and a resume; pictures and rates are right."""
 
-import json
+import errno
+import fcntl
+import io
 import math
+import multiprocessing
+import os
+import signal
+import sys
 import time
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import disk_of, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sashimi.tracking import RunTracker, Throughput, TrackConfig, Tracker, cut_back, spectrogram_image
@@ -23,10 +31,6 @@ def run(folder: Path, start: int, stop: int, total: int = 100, **config: Any) ->
         if step % 10 == 0:
             tracker.log(step, {"valid/bits": float(step)})
     tracker.close()
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def events(folder: Path) -> EventAccumulator:
@@ -48,7 +52,10 @@ def test_metrics_and_tensorboard_say_the_same(tmp_path: Path) -> None:
     assert bits == [(line["step"], line["train/bits"]) for line in lines if "train/bits" in line]
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 41, "train/b', b'{"step": 3}', b'{"step": 3', b"\xff\n", b"3\n{}\n"])
+@pytest.mark.parametrize(
+    "torn",
+    [b"", b'{"step": 41, "train/b', b'{"step": 3}', b'{"step": 3', b"\xff\n", b"3\n{}\n", b'{"step": Infinity}\n'],
+)
 def test_a_resumed_run_has_each_step_once(tmp_path: Path, torn: bytes) -> None:
     """Killed at step 40 after a checkpoint at 20, maybe within a line: the resumed run's records are seamless.
 
@@ -98,6 +105,94 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
         assert metrics(tmp_path)[-1] == {"step": step, "a": 0.5 * step}
         assert events(tmp_path).Scalars("a")[-1].value == 0.5 * step
     tracker.close()
+
+
+def test_a_terminal_that_is_closed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bar and messages have no place any more, and the run may save. Mutations: drop any `suppress`."""
+
+    class Terminal(io.StringIO):
+        closed_by_user = False
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            if self.closed_by_user:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    tracker = RunTracker(tmp_path, TrackConfig(), 0, 10, 1)
+    monkeypatch.setattr(Terminal, "closed_by_user", True)
+    time.sleep(0.2)  # the bar is not shown more often
+    tracker.step(1, {"train/bits": 8.0}, samples=1, position=1)
+    tracker.note("saved")
+    tracker.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+def test_after_a_full_disk_the_log_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has a gap, said once, whether scalars or clips were the first that had no room; and its end is no error.
+
+    Mutations: drop `_or_gap` in `audio` or in `log`, or `suppress` in `close`; in `_tensorboard`, keep the writer; in
+    `_or_gap`, no `= False`.
+    """
+    for first in ("scalars", "clips"):
+        tracker = RunTracker(tmp_path / first, TrackConfig(), 0, 10, 1)
+        for start in (1, 4):
+            tracker.log(start, {"a": 0.5 * start})
+            with disk_of(0):
+                if first == "clips":
+                    tracker.audio(start, [torch.zeros(RATE)], RATE)
+                for step in (start + 1, start + 2):
+                    tracker.log(step, {"a": 0.5 * step})
+            what = "the audio of step" if first == "clips" else "step"
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"{what} {start + (first == 'scalars')} is NOT LOGGED, nor is what follows until")
+        tracker.audio(7, [torch.zeros(RATE)], RATE)
+        with disk_of(0):
+            tracker.log(8, {"a": 4.0})
+            tracker.close()
+        capsys.readouterr()
+        files = [events(path) for path in (tmp_path / first).glob("events.*")]
+        seen = [event.step for file in files if "a" in file.Tags()["scalars"] for event in file.Scalars("a")]
+        assert sorted(seen) == [1, 4]
+        assert [line["step"] for line in metrics(tmp_path / first)][:2] == [1, 2]
+
+
+def test_a_run_is_locked_by_its_process_alone(tmp_path: Path) -> None:
+    """A worker that outlives a killed trainer does not keep the run from going on. Mutation: `fcntl.flock`."""
+    fork = multiprocessing.get_context("fork")
+
+    def train(pid: Synchronized) -> None:
+        tracker = RunTracker(tmp_path, TrackConfig(), 0, 10, 1)
+        worker = fork.Process(target=time.sleep, args=(60,))
+        worker.start()
+        pid.value = worker.pid
+        tracker.note("killed")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = fork.Value("i")
+    trainer = fork.Process(target=train, args=(pid,))
+    trainer.start()
+    trainer.join()
+    try:
+        RunTracker(tmp_path, TrackConfig(), 0, 10, 1).close()
+    finally:
+        os.kill(pid.value, signal.SIGKILL)
+
+
+def test_where_there_are_no_locks_training_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on some clusters' storage; it is said. Mutation: no `except OSError`."""
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    run(tmp_path, 0, 1)
+    assert f"{tmp_path}: cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_clips_can_be_heard_and_seen(tmp_path: Path) -> None:
@@ -156,7 +251,7 @@ def test_progress_lines_without_a_terminal(tmp_path: Path, capsys: pytest.Captur
     """Plain lines with an ETA, no bar, at most every progress_seconds and at the end. Mutation: bar always on."""
     run(tmp_path / "a", 0, 30, total=30, log_every=10, progress_seconds=3600)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("step 30/30: 7.700 bits, ")
+    assert line.startswith("step 30/30: 7.700 bits (validation 20.000), ")
     assert line.endswith("epoch 6.00, ETA 00:00")
     run(tmp_path / "b", 10, 30, total=100, log_every=10, progress_seconds=0)
     assert [line.split(":")[0] for line in capsys.readouterr().err.splitlines()] == ["step 20/100", "step 30/100"]
