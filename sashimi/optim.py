@@ -139,9 +139,15 @@ def lr_factor(step: int, total_steps: int, plateau: Plateau, config: OptimConfig
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Averaged weights of `model`: call `update_parameters(model)` after each update, evaluate with `.module`.
 
-    The first update copies the weights, each later one keeps `decay` of the average. Buffers are copied.
+    The weights after n updates count `decay`^(updates since) each, divided by the sum of that, so that the first ones
+    are not the average of a thousand steps. Buffers are copied.
     """
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def average(averages: Any, weights: Any, n: Any) -> None:
+        part = (1 - decay) / (1 - decay ** (int(n) + 1))  # of the newest weights
+        get_ema_multi_avg_fn(1 - part)(averages, weights, n)
+
+    return AveragedModel(model, multi_avg_fn=average)
 
 
 def restore_ema(ema: AveragedModel, tensors: Mapping[str, Tensor], updates: int) -> None:

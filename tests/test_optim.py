@@ -199,21 +199,22 @@ def test_state_that_does_not_fit_is_refused(change: Any, message: str) -> None:
 def test_restored_average_continues_bit_equal() -> None:
     """Law 12 for the averaged weights, which also follow their definition.
 
-    Mutation: leave `n_averaged` at 0 in `restore_ema`; the next update then copies the weights.
+    Mutations: leave `n_averaged` at 0 in `restore_ema` (the next update then copies the weights); `+ 1` -> `+ 2`.
     """
     model = Toy()
     optimizer = build_optimizer(model.named_parameters(), CONFIG)
-    ema, expected = build_ema(model, 0.9), None
+    ema, past = build_ema(model, 0.9), []
     for step in range(6):
         advance(model, optimizer, range(step, step + 1))
         ema.update_parameters(model)
-        weight = model.linear.weight.detach().clone()
-        expected = weight if expected is None else 0.9 * expected + 0.1 * weight
+        past.append(model.linear.weight.detach().clone())
         if step == 2:
             saved, resumed = {k: v.clone() for k, v in ema.module.state_dict().items()}, build_ema(Toy(), 0.9)
             restore_ema(resumed, saved, updates=3)
         if step > 2:
             resumed.update_parameters(model)
+    shares = [0.9**since for since in reversed(range(6))]
+    expected = sum(share * weight for share, weight in zip(shares, past, strict=True)) / sum(shares)
     torch.testing.assert_close(ema.module.linear.weight, expected, rtol=1e-5, atol=1e-7)
     assert all(torch.equal(v, resumed.module.state_dict()[k]) for k, v in ema.module.state_dict().items())
 
