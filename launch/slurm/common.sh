@@ -54,10 +54,13 @@ run_on_nodes() {
 
 # Queue this job again; not if SLURM itself is ending it (scancel), or ends it to queue it again (preemption).
 requeue() {
-    local state again="the same sbatch command goes on from here"
-    state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")
+    local state= again="the same sbatch command goes on from here"
+    for _ in 1 2 3 4 5 6; do # a busy controller may not answer at once
+        state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID") && break
+        sleep 5
+    done
     if [ "$state" != RUNNING ]; then
-        echo "stopped by a signal, job $state; $again"
+        echo "stopped by a signal, job ${state:-not to be found}; $again"
     elif [ "${SLURM_RESTART_COUNT:-0}" -ge "$MAX_RESTARTS" ]; then
         echo "stopped by a signal, not queued again: it has been MAX_RESTARTS=$MAX_RESTARTS times; $again"
     elif scontrol requeue "$SLURM_JOB_ID"; then
