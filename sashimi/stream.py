@@ -173,10 +173,14 @@ class Segments(Dataset[Batch]):
                 f"pack it again with --sample-rate {audio.sample_rate}, or train with that audio.sample_rate"
             )
         self.split = split
-        self.data = data
+        self.data, self.audio = data, audio
         self.seed, self.batch_size = seed, batch_size
         self.grid = Grid(split.index, data.segment, data.tail)
         self.quantizer = Quantizer(audio)
+
+    def __reduce__(self) -> tuple[type["Segments"], tuple[Any, ...]]:
+        # Where workers are not forked: the grid would be pickled with a full copy of the index.
+        return Segments, (self.split, self.data, self.audio, self.seed, self.batch_size)
 
     def __getitem__(self, positions: Int64s | Located) -> Batch:
         ids, cuts, begins = positions if isinstance(positions, Located) else self.locate(positions)

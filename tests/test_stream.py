@@ -1,6 +1,7 @@
 """Laws 7, 8 and 9 on real shards: which segments are read, on which rank, and what is in them."""
 
 import itertools
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -465,3 +466,16 @@ def test_law_8_evaluation_plays_recordings_as_a_whole(split: Split, world_size: 
     n = n_segments(split, data)
     assert sorted(seen) == list(range(n))
     assert len(loaders[0]) == max(16, -(-n // (rows * world_size)))  # the longest recording has 16
+
+
+def test_workers_that_are_not_forked_get_no_index(split: Split) -> None:
+    """But open it themselves; their batches are the same. Mutation: no `__reduce__` in `Segments`."""
+    segments = Segments(split, replace(DATA, crop=True), AUDIO, SEED, batch_size=4)
+    small, rows = pickle.dumps(segments), split.index
+    split.index = segments.grid.index = np.resize(rows, 100_000)
+    try:
+        assert len(pickle.dumps(segments)) == len(small)
+    finally:
+        split.index = segments.grid.index = rows
+    for one, other in zip(segments[np.arange(8)][:4], pickle.loads(small)[np.arange(8)][:4], strict=True):
+        assert torch.equal(one, other)
