@@ -11,6 +11,7 @@ from torch import Tensor
 from trained_like import relative, trained_like
 
 from sashimi import ssm
+from sashimi.native import library as native_library
 from sashimi.native import scan as native
 from sashimi.native.library import library
 from sashimi.s4 import S4
@@ -226,9 +227,20 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_processes_may_start_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each compiles for itself, and one file is kept. Mutation: in `library`, no `write_file`."""
+    """Each compiles for itself, and one file is kept. Mutation: in `library`, no `own.replace`."""
     monkeypatch.setenv("HOME", str(tmp_path))
     program = "from sashimi.native.scan import is_available; assert is_available()"
     ranks = [subprocess.Popen([sys.executable, "-W", "error", "-c", program], cwd=ROOT) for _ in range(2)]
     assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
     assert len(list((tmp_path / ".cache/sashimi").glob("scan-*.so"))) == 1
+    assert len(list((tmp_path / ".cache/sashimi").iterdir())) == 1
+
+
+def test_no_process_writes_into_anothers_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or one would load what the other has half written, and end. Mutation: `write_file(target, ...)`."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    written: list[Path] = []
+    monkeypatch.setattr(native_library, "write_file", lambda path, content: written.append(path))
+    for _ in range(2):
+        native_library.library.__wrapped__("linear", "-fopenmp")
+    assert len(set(written)) == 2

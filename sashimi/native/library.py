@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
+import uuid
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -41,7 +42,9 @@ def library(name: str, *more_flags: str) -> ctypes.CDLL:
             loaded = ctypes.CDLL(str(made))
             with suppress(OSError):  # where there is no room for it, it is compiled each time
                 target.parent.mkdir(parents=True, exist_ok=True)
-                write_file(target, made.read_bytes())
+                own = target.with_name(f"{uuid.uuid4().hex}.so")  # other processes may compile it too
+                write_file(own, made.read_bytes())
+                own.replace(target)
         return loaded
     except subprocess.CalledProcessError as error:
         raise Unavailable(f"{compiler} failed: {(error.stderr or 'it gave no reason').splitlines()[0]}") from error
