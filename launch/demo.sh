@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 launch="accelerate launch --config_file launch/accelerate/cpu.yaml"
 recordings=$(mktemp -d)
 trap 'rm -rf "$recordings"' EXIT

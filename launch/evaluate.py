@@ -42,7 +42,7 @@ class EvaluateConfig:
 def main() -> None:
     """Load, evaluate on all ranks, print on one."""
     config = parse(EvaluateConfig, sys.argv[1:], "evaluate.py", "Bits per sample of a model on a split, as JSON.")
-    dist = Distributed()
+    dist = Distributed(timeout_minutes=7 * 24 * 60)  # the ranks meet at the end, some much later than others
     folder = dist.from_main(find_model_folder(Path(config.model)) if dist.is_main else None)
     saved = read_config(folder)
     if config.out and (Path(config.out).is_dir() or not Path(config.out).absolute().parent.is_dir()):

@@ -10,7 +10,7 @@ import torch
 from sashimi.audio import Quantizer
 from sashimi.checkpoint import compare_configs, find_resume, load_checkpoint, rewind
 from sashimi.config import adopt_model, parse_run_config, save_config
-from sashimi.distributed import ignore_stop_signals, run_command
+from sashimi.distributed import begin_worker, run_command
 from sashimi.model import Sashimi
 from sashimi.model_folder import find_model_folder, load_model_folder, load_weights
 from sashimi.parsing import to_dict
@@ -42,7 +42,7 @@ def main() -> None:
     model = Sashimi(config.model)
     if weights is not None:
         load_weights(model, weights, str(config.init_from))
-    place = Place(dist.rank, dist.world_size, dist.device.type == "cuda", ignore_stop_signals)
+    place = Place(dist.rank, dist.world_size, dist.device.type == "cuda", begin_worker)
     train, seed = config.train, config.seed
     data = TrainingData(config.data, config.audio, seed, train.batch_size, train.micro_batch, place)
     trainer = Trainer(dist, model.to(dist.device), data, train, config.optim, seed, to_dict(config), checkpoints)

@@ -32,10 +32,12 @@ from sashimi.errors import InputError, one_line
 
 T = TypeVar("T")
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_ONCE = 2.0  # seconds: a launcher passes on the signals that a terminal sends to all processes anyway
 
 _DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of malloc.h
+_PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
 
 def deepspeed_file() -> str | None:
@@ -159,14 +161,30 @@ class Distributed:
 
     @contextmanager
     def stop_signals(self) -> Iterator[None]:
-        """Within: SIGTERM and SIGUSR1 (of a scheduler that wants its node back) set `stop_requested` and no more."""
+        """Within: SIGTERM, SIGUSR1 (of a scheduler that wants its node back) and SIGHUP set `stop_requested`.
+
+        So does Ctrl-C, and KeyboardInterrupt follows at the end; or at a second one, that comes later.
+        """
+        interrupts: list[float] = []
 
         def request_stop(number: int, frame: FrameType | None) -> None:
             self.stop_requested = True
+            if number != signal.SIGINT:
+                return
+            if not interrupts and self.is_main:
+                os.write(2, b"\nstopping after this step, to save; Ctrl-C once more ends at once, unsaved\n")
+            interrupts.append(time.monotonic())
+            if interrupts[-1] - interrupts[0] > _ONCE:
+                raise KeyboardInterrupt
 
-        previous = {number: signal.signal(number, request_stop) for number in STOP_SIGNALS}
+        # What nohup or a shell's & has ignored stays so. A batch script has the others ignored until this.
+        unheard = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) == signal.SIG_IGN]
+        heard = [number for number in STOP_SIGNALS if number not in unheard]
+        previous = {number: signal.signal(number, request_stop) for number in heard}
         try:
             yield
+            if interrupts:
+                raise KeyboardInterrupt
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -211,6 +229,18 @@ def _check_environment() -> None:
         raise InputError(
             f"RANK={rank}: must be below WORLD_SIZE={size}; unset both, or let `accelerate launch` set them"
         )
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if 0 < gpus <= local_rank:
+        raise InputError(
+            f"LOCAL_RANK={local_rank}: more processes than the {gpus} GPUs here: lower num_processes to {gpus} a "
+            "machine, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on CPUs"
+        )
+    for name in ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            raise InputError(
+                f"ACCELERATE_USE_{name}=true: take it out of Accelerate's configuration, or give another one "
+                "(--config_file); models too large for a GPU are trained by DeepSpeed (launch/accelerate)"
+            )
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if dynamo.lower() not in ("", "no"):
         raise InputError(f"ACCELERATE_DYNAMO_BACKEND={dynamo}: set dynamo_backend to no, and train.compile to true")
@@ -219,10 +249,21 @@ def _check_environment() -> None:
         raise InputError(f"ACCELERATE_MIXED_PRECISION={precision}: choose no, bf16 or fp16 (--mixed_precision)")
 
 
-def ignore_stop_signals(worker: int) -> None:
-    """What a loader's worker does first: a signal to the whole job is for the trainer, which saves and ends them."""
-    for number in (*STOP_SIGNALS, signal.SIGINT):
+def begin_worker(worker: int) -> None:
+    """What a loader's worker does first: a signal to the whole job is for the trainer, which saves and ends them.
+
+    Where the trainer was killed, its workers go too. They might wait for ever for someone to take their batches.
+    """
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux has it
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def leave_workers_to_their_loader() -> None:
+    """Where a loader's worker was killed, let the loader raise it, not torch's handler of signals at any moment."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -246,7 +287,7 @@ def run_command(main: Callable[[], None]) -> None:
         _report(line)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from what is finished", file=sys.stderr, flush=True)
+        print("interrupted: the same command goes on from what is saved", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
     finally:
         _end_workers()
@@ -261,7 +302,7 @@ def _end_workers() -> None:
     """Loaders' workers that an error left behind ignore SIGTERM, so the interpreter would wait for them for ever."""
     workers = multiprocessing.active_children()
     if workers:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error for each, over our line
+        leave_workers_to_their_loader()  # not over our line
     for worker in workers:
         worker.kill()
 

@@ -1,8 +1,12 @@
-"""The one exception for what a user can mend, which every command turns into one line; and one between modules."""
+"""The exception for what a user can mend, which every command turns into one line, and others between modules."""
 
 
 class InputError(ValueError):
     """Bad input at a boundary. The message names the file or field, the value, and the remedy."""
+
+
+class LostWorker(InputError):
+    """A process that reads batches was killed, for want of memory mostly. All ranks raise it together."""
 
 
 class Unavailable(Exception):

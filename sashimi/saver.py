@@ -97,7 +97,7 @@ class Saver:
             result, failure = None, ""
             try:
                 result = write()
-            except OSError as error:
+            except (OSError, InputError) as error:
                 failure = str(error)
             results = dist.gather([(result, failure)])
             if reasons := "; ".join(failure for _, failure in results if failure):
@@ -137,6 +137,9 @@ class Saver:
         parts: dict[str, Entry] | None,
         carried: dict[str, Tensor],
     ) -> None:
+        spoilt = [name for name, weight in weights.items() if not weight.isfinite().all()]
+        if spoilt:  # by the last update, whose loss was finite
+            raise InputError(f"NaN or infinity in {spoilt[0]} ({len(spoilt)} of {len(weights)} tensors)")
         state = {
             **now.to_json(),
             "ema_updates": 0 if self.ema is None else int(self.ema.n_averaged),

@@ -7,7 +7,7 @@ micro-batches and their masks, so W ranks train as one process does.
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from sashimi.checkpoint import Checkpoint
-from sashimi.distributed import Distributed
-from sashimi.errors import InputError, Unavailable
+from sashimi.distributed import Distributed, leave_workers_to_their_loader
+from sashimi.errors import InputError, LostWorker, Unavailable
 from sashimi.layers import compile_layers
 from sashimi.loss import bits_per_sample
 from sashimi.model import Sashimi
@@ -32,6 +32,7 @@ from sashimi.stream import Batch, TrainingData
 from sashimi.tracking import Tracker
 
 _UNREADABLE = "restore the shards and go on with --resume auto"
+_KILLED = "lower data.workers or data.prefetch, if memory or /dev/shm was full, and go on with --resume auto"
 _DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
 
 
@@ -169,8 +170,8 @@ class Trainer:
         validation uses after every step, on every rank, to generate and log audio when it likes.
 
         Raises `InputError` if the loss is not finite `max_bad_steps` times in a row (nothing is saved within such a
-        row), if in as many steps no segment can be decoded, after saving if one cannot and that is fatal, and if the
-        last save fails.
+        row), if in as many steps no segment can be decoded, after saving if one cannot and that is fatal, or if a
+        loader's worker was killed, and if the last save fails.
         """
         self.tracker = tracker
         if self.dist.is_main:
@@ -185,21 +186,24 @@ class Trainer:
         if self.state.step == 0:
             self.validate()
         batches = self.data.batches(self.state.position)
+        leave_workers_to_their_loader()
         saved, unscored = self.state.step, 0
         while self.state.step < self.config.steps:
-            micro_batches = [next(batches) for _ in range(self.data.accumulation)]
+            micro_batches, lost = self._next(batches)
             faults = [fault for batch in micro_batches for fault in batch.faults]
             for fault in faults:
                 self.tracker.note(f"cannot decode {fault}; it is not scored")
             scored = sum(batch.scored for batch in micro_batches)
-            count, stop, n_faults = self.dist.sum(scored, self.dist.stop_requested, len(faults))
-            if stop or (n_faults and self.data.data.on_damage == "fatal"):
+            count, stop, n_faults, n_lost = self.dist.sum(scored, self.dist.stop_requested, len(faults), len(lost))
+            if stop or n_lost or (n_faults and self.data.data.on_damage == "fatal"):
                 # This batch has not been consumed: a resumed run begins with it. Weights that have just given no
                 # finite loss are not worth a checkpoint: an older one is.
                 if saved != self.state.step and not self.state.bad and not self.save():
                     raise InputError(f"{self.folder}: the last save failed, make room; steps after {saved} are lost")
                 if stop:
                     return False
+                if n_lost:
+                    raise LostWorker(f"stopped after step {self.state.step}: {self.dist.gather(lost)[0]}; {_KILLED}")
                 found = "; ".join(self.dist.gather(faults))
                 raise InputError(f"data.on_damage=fatal stopped after step {self.state.step}: {found}; {_UNREADABLE}")
             unscored = 0 if count or not n_faults else unscored + 1
@@ -213,7 +217,11 @@ class Trainer:
                 raise InputError(f"no finite loss at the last step, {step}, so it is not saved; {_DIVERGED}")
             if self.state.bad:
                 continue
-            improved = (step % self.config.valid_every == 0 or last) and self.validate()
+            try:
+                improved = (step % self.config.valid_every == 0 or last) and self.validate()
+            except LostWorker:
+                self.save()
+                raise
             listen(self.model if self.ema is None else self.ema.module, step)
             if improved or step % self.config.save_every == 0 or last:
                 if self.save():
@@ -221,6 +229,13 @@ class Trainer:
                 elif last:
                     raise InputError(f"{self.folder}: the last save failed, make room; steps after {saved} are lost")
         return True
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[list[Batch], list[str]]:
+        """This rank's micro-batches of a step, or none and why, if a worker that makes them was killed."""
+        try:
+            return [next(batches) for _ in range(self.data.accumulation)], []
+        except _LOST as error:
+            return [], [_lost_worker(error, self.dist)]
 
     def rehearse(self) -> str:
         """Two steps that nothing is kept of, as a report: size, epoch, memory, time."""
@@ -328,16 +343,33 @@ def evaluate(
 ) -> tuple[float, int, list[str]]:
     """Summed nats, scored samples and undecodable segments of all ranks' batches: exact for any number of ranks.
 
-    `beginning`: the objective's own, if its model's state is to be carried from batch to batch.
+    `beginning`: the objective's own, if its model's state is to be carried from batch to batch. Raises LostWorker on
+    all ranks.
     """
     objective.eval()
     nats, count = 0.0, 0
     faults: list[str] = []
+    lost: list[str] = []
     rows = Rows(beginning)
-    for batch in batches:
-        with dist.autocast():
-            nats += float(rows.play(objective, batch, dist.device))
-        count += batch.scored
-        faults += batch.faults
-    nats, total = dist.sum(nats, count)
+    try:
+        for batch in batches:
+            with dist.autocast():
+                nats += float(rows.play(objective, batch, dist.device))
+            count += batch.scored
+            faults += batch.faults
+    except _LOST as error:
+        lost = [_lost_worker(error, dist)]
+    nats, total, n_lost = dist.sum(nats, count, len(lost))
+    if n_lost:
+        raise LostWorker(f"{dist.gather(lost)[0]}; {_KILLED}")
     return nats, int(total), dist.gather(faults)
+
+
+_LOST = (RuntimeError, ConnectionError, EOFError)  # what a loader may raise whose worker was killed
+
+
+def _lost_worker(error: Exception, dist: Distributed) -> str:
+    """A line on it, if that is why; any other error is raised again."""
+    if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+        raise error
+    return f"a loader's worker ended unexpectedly on rank {dist.rank} ({error})"

@@ -710,6 +710,9 @@ def test_a_wrong_command_as_a_process(world: Path, name: str) -> None:
         ("MASTER_PORT", "99999", "MASTER_PORT=99999: must be 0 to 65535"),
         ("ACCELERATE_MIXED_PRECISION", "half", "ACCELERATE_MIXED_PRECISION=half: choose no, bf16 or fp16"),
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "ACCELERATE_DYNAMO_BACKEND=INDUCTOR: set dynamo_backend to no, and"),
+        ("ACCELERATE_USE_FSDP", "true", "ACCELERATE_USE_FSDP=true: take it out of Accelerate's configuration"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "ACCELERATE_USE_MEGATRON_LM=true: take it out"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "ACCELERATE_USE_PARALLELISM_CONFIG=true: take it out"),
         ("ACCELERATE_USE_CPU", "maybe", "the launcher's options or environment: invalid truth value maybe"),
     ],
 )
@@ -722,6 +725,15 @@ def test_a_wrong_environment_is_one_line(
     answer = call("launch/train.py", *PREFIX["train"])
     assert (answer.code, contents(world)) == (2, before)
     assert answer.error.startswith(f"error: {message}") or answer.error.startswith(f"error (rank {value}): {message}")
+
+
+def test_more_processes_than_gpus_is_one_line(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two on one GPU, where NCCL would fail without a reason. Mutation: `gpus < local_rank`."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in (("LOCAL_RANK", "1"), ("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    error = call("launch/train.py", *PREFIX["train"]).error
+    assert error.startswith("error (rank 1): LOCAL_RANK=1: more processes than the 1 GPUs here: lower num_processes")
 
 
 MODEL = ModelConfig(d_model=4, n_layers=1, pool=(2,), d_state=4)

@@ -1,18 +1,23 @@
 """Real processes on one machine (gloo): ranks train, resume, evaluate and stop as one process does."""
 
 import json
+import multiprocessing
 import os
+import re
+import select
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, TINY, command, curve, launch, launcher, metrics
 
-from sashimi.distributed import Distributed
+from sashimi.distributed import Distributed, begin_worker
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,31 @@ def test_evaluation_does_not_depend_on_ranks(runs: Path, tiny_shards: Path) -> N
     assert abs(bits[3] / bits[0] - 1) > 1e-6
 
 
+def start(shards: Path, folder: Path, loaders: int, *more: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """Two ranks' training without end or checkpoints, in its first steps; its processes and its loaders'."""
+    endless = "--train.steps 100000 --train.save_every 100000 --train.valid_every 100000".split()
+    argv = arguments(folder, shards, "run", *endless, "--data.workers", str(loaders), *more)
+    script = str(ROOT / "launch/train.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*launcher(2), script, *argv], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log = folder / "run/metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and "train/bits" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    found = subprocess.run(["pgrep", "-f", f"{script} .*--runs {folder}"], capture_output=True, text=True, check=True)
+    workers = [int(pid) for pid in found.stdout.split() if int(pid) != process.pid]
+    assert len(workers) >= 2 + 2 * loaders  # a loader's worker has its trainer's command line
+    return process, workers
+
+
+def assert_saved_at_its_end(run: Path) -> None:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert int(checkpoint.name[5:]) == metrics(run)[-1]["step"]
+
+
 @pytest.mark.parametrize(
     ("number", "loaders"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGTERM, 1)], ids=["one", "usr1", "job"]
 )
@@ -162,30 +192,121 @@ def test_signal_saves_on_all_ranks_and_resumes(
     checkpoint, with exit code 0; the run goes on from there.
 
     Mutations: leave `stop_requested` out of the all-reduce (the other rank would wait for its peer for ever); no
-    `ignore_stop_signals` in launch/train.py (the workers die, and their trainer with them).
+    `begin_worker` in launch/train.py (the workers die, and their trainer with them).
     """
-    endless = "--train.steps 100000 --train.save_every 100000 --train.valid_every 100000".split()  # no other checkpoint
-    argv = arguments(tmp_path, tiny_shards, "run", *endless, "--data.workers", str(loaders))
-    script = str(ROOT / "launch/train.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [*launcher(2), script, *argv], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    log = tmp_path / "run/metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and "train/bits" in log.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    found = subprocess.run(["pgrep", "-f", f"{script} .*--runs {tmp_path}"], capture_output=True, text=True, check=True)
-    workers = [int(pid) for pid in found.stdout.split() if int(pid) != process.pid]
-    assert len(workers) >= 2 + 2 * loaders  # a loader's worker has its trainer's command line
+    process, workers = start(tiny_shards, tmp_path, loaders)
     for pid in workers if loaders else workers[-1:]:
         os.kill(pid, number)
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 0, stderr
     assert "stopped by a signal" in stderr
-    (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()
-    assert int(checkpoint.name[5:]) == metrics(tmp_path / "run")[-1]["step"]
+    assert_saved_at_its_end(tmp_path / "run")
+
+
+@pytest.mark.parametrize("valid", [False, True], ids=["training", "validation"])
+def test_a_killed_loader_costs_no_step(tiny_shards: Path, tmp_path: Path, valid: bool) -> None:
+    """As it is when memory runs out: all ranks save, and one line says what was lost.
+
+    Mutations: no `except` in `_next`, in `evaluate`, or after `validate`; `n_lost` out of either sum; no
+    `leave_workers_to_their_loader` (torch raises the error anywhere).
+    """
+    process, workers = start(tiny_shards, tmp_path, 1, *["--train.valid_every", "100"][: 2 * valid])
+    rank = next(parent for pid in workers if (parent := psutil.Process(pid).ppid()) in workers)
+    loaders = sorted(psutil.Process(rank).children(), key=psutil.Process.create_time)  # validation's comes first
+    loaders[0 if valid else 1].kill()
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode != 0
+    assert re.search("error: .*a loader's worker ended unexpectedly on rank [01] [(]", stderr)
+    assert "lower data.workers or data.prefetch" in stderr
+    assert_saved_at_its_end(tmp_path / "run")
+
+
+def test_workers_go_with_their_trainer(tmp_path: Path) -> None:
+    """That was killed; they ignore other signals. Mutation: no `prctl`."""
+    fork = multiprocessing.get_context("fork")
+
+    def work() -> None:
+        begin_worker(0)
+        (tmp_path / "worker").write_text(str(os.getpid()))
+        time.sleep(600)
+
+    def train() -> None:
+        fork.Process(target=work).start()
+        time.sleep(600)
+
+    trainer = fork.Process(target=train)
+    trainer.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "worker").exists() or not (tmp_path / "worker").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    worker = psutil.Process(int((tmp_path / "worker").read_text()))
+    trainer.kill()
+    _, alive = psutil.wait_procs([worker], timeout=20)
+    for orphan in alive:
+        orphan.kill()
+    assert not alive
+
+
+@pytest.mark.parametrize(("hang_up", "code"), [(False, 130), (True, 0)], ids=["ctrl-c", "closed"])
+def test_a_terminal_costs_no_step(tiny_shards: Path, tmp_path: Path, hang_up: bool, code: int) -> None:
+    """Ctrl-C, which comes twice where there is a launcher, or a terminal that is closed: the last step is saved.
+
+    Mutations: in `STOP_SIGNALS`, no SIGINT, or no SIGHUP; no KeyboardInterrupt at the end of `stop_signals`; in
+    tracking.py, no `suppress` in `note`.
+    """
+    terminal, its_end = os.openpty()
+    argv = arguments(tmp_path, tiny_shards, "run", *"--train.steps 100000 --train.save_every 100000".split())
+    start = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, sys.executable, str(ROOT / "launch/train.py"), *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        **dict.fromkeys(("stdin", "stdout", "stderr"), its_end),
+        start_new_session=True,
+    )
+    os.close(its_end)
+    log, deadline, shown = tmp_path / "run/metrics.jsonl", time.monotonic() + 120, b""
+    while not (log.exists() and "train/bits" in log.read_text()):
+        assert time.monotonic() < deadline, shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 1 << 16)
+    if hang_up:
+        os.close(terminal)
+    else:
+        os.write(terminal, b"\x03\x03")
+        with suppress(OSError):  # at its end
+            while more := os.read(terminal, 1 << 16):
+                shown += more
+        assert b"stopping after this step, to save" in shown
+    assert process.wait(timeout=120) == code
+    assert_saved_at_its_end(tmp_path / "run")
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not what a launcher passes on within two seconds; and what is ignored stays so, but for a batch script's.
+
+    Mutations: no `raise` in `request_stop`, or at once; `heard` of all signals, or of all that are not ignored.
+    """
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    dist, before = Distributed(), {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(pytest.raises(KeyboardInterrupt))  # at the end
+            stack.enter_context(dist.stop_signals())
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN
+            for now[0] in (100.0, 101.0):
+                signal.raise_signal(signal.SIGINT)
+                assert dist.stop_requested
+            now[0] = 103.0
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            now[0] = 0.0
+        assert now[0] == 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_products_are_float32() -> None:
