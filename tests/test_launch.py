@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import math
 import os
 import re
@@ -138,6 +139,19 @@ def test_readme_commands_exist(call: Call) -> None:
     every = " ".join([launcher.format_help(), *helps.values(), *(call(*words).out for words in parts)])
     for option in re.findall(r"`(--[a-z][\w.-]*)", README):
         assert documents(every, option), option
+
+
+def test_readme_commands_leave_nothing_to_git() -> None:
+    """Every folder that they make is ignored. Mutation: drop `/clips/` from .gitignore."""
+    made = {
+        Path(value).parts[0]
+        for words in readme_commands()
+        for word, value in itertools.pairwise(words)
+        if word == "--out"
+    }
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert made == {"clips", "continued", "models", "shards"}
+    assert all({f"/{folder}/", f"{folder}/*"} & set(ignored) for folder in made)
 
 
 def test_readme_recipes_fit_their_gpus() -> None:
