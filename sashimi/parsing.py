@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -31,11 +31,12 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str = "", descriptio
     """`config_class` from a command line: `--config FILE.yaml --section.field value ...`, later options winning.
 
     A field without a default is a positional argument. Dashes in names are underscores, several numbers after a name
-    are a list, and the bare name of a yes-or-no field is yes. `--help` prints every field and leaves by SystemExit(0).
-    All other trouble is an InputError.
+    are a list, as is one where any number of them may be, and the bare name of a yes-or-no field is yes. `--help`
+    prints every field and leaves by SystemExit(0). All other trouble is an InputError.
     """
     required = any(_is_required(field) for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
-    argv = _normalized(argv, _switches(config_class), positional=required)
+    switches, lists = _names(config_class, lambda kind: kind is bool), _names(config_class, _is_list)
+    argv = _normalized(argv, switches, lists, positional=required)
     parser = _parser(config_class, prog, description)
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
@@ -62,7 +63,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _normalized(argv: Sequence[str], switches: set[str], positional: bool) -> list[str]:
+def _normalized(argv: Sequence[str], switches: set[str], lists: set[str], positional: bool) -> list[str]:
     """["--some-field", "1", "2", "--switch"] -> ["--some_field", "[1,2]", "--switch=true"]
 
     Where there are no positional arguments, what follows a switch is its value, be it a wrong one.
@@ -71,26 +72,32 @@ def _normalized(argv: Sequence[str], switches: set[str], positional: bool) -> li
     def is_value(word: str) -> bool:
         return word.lower() in ("true", "false", "yes", "no") or (not positional and word != "" and word[:2] != "--")
 
+    argv = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in argv]
     words: list[str] = []
     for numbers, group in itertools.groupby(argv, lambda word: bool(re.fullmatch(r"-?[\d.]+(e-?\d+)?", word))):
         values = list(group)
-        words += [f"[{','.join(values)}]"] if numbers and len(values) > 1 else values
-    words = [re.sub("^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in words]
+        is_list = len(values) > 1 or (words and words[-1][2:] in lists)
+        words += [f"[{','.join(values)}]"] if numbers and is_list else values
     return [
         f"{word}=true" if word[:2] == "--" and word[2:] in switches and not is_value(after) else word
         for word, after in itertools.zip_longest(words, words[1:], fillvalue="")
     ]
 
 
-def _switches(config_class: Any, prefix: str = "") -> set[str]:
-    """Names of the yes-or-no fields: on the command line the name alone means yes."""
+def _names(config_class: Any, wanted: Callable[[Any], bool], prefix: str = "") -> set[str]:
+    """Dotted names of the fields of a wanted type."""
     names = set()
     for field in dataclasses.fields(config_class):
         if dataclasses.is_dataclass(field.type):
-            names |= _switches(field.type, f"{prefix}{field.name}.")
-        elif field.type is bool:
+            names |= _names(field.type, wanted, f"{prefix}{field.name}.")
+        elif wanted(field.type):
             names.add(prefix + field.name)
     return names
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a type is a list of any number of values."""
+    return get_origin(kind) is tuple and Ellipsis in get_args(kind)
 
 
 def _parser(config_class: type, prog: str = "", description: str = "") -> ArgumentParser:

@@ -72,12 +72,13 @@ def parse(*argv: str) -> Whole:
         (["--name", "3"], Whole(name="3")),
         (["--part.pool", "2", "3", "5", "--part.rate", "-0.5"], Whole(part=Part(pool=(2, 3, 5), rate=-0.5))),
         (["--between", "0.4", ".95"], Whole(between=(0.4, 0.95))),
+        (["--part.pool", "4", "--part.width", "8"], Whole(part=Part(width=8, pool=(4,)))),
     ],
 )
 def test_command_lines(argv: list[str], expected: Whole) -> None:
     """Lists, floats, null, strings that look like numbers; dashes in names are underscores, in values not.
 
-    Mutation: drop either line of `_normalized`, or replace every dash.
+    Mutations: in `_normalized`, drop the first line, `len(values) > 1` or `in lists`, or replace every dash.
     """
     assert parse(*argv) == expected
 
@@ -102,7 +103,7 @@ def test_a_field_without_a_default_is_positional() -> None:
 
 
 def test_the_name_of_a_switch_alone_is_yes() -> None:
-    """Mutation: an empty set in place of `_switches(config_class)`."""
+    """Mutation: an empty set in place of `switches`."""
     assert parsing.parse(Command, ["runs/x", "--dry-run"]) == Command("runs/x", dry_run=True)
     assert parsing.parse(Command, ["--dry-run", "runs/x"]) == Command("runs/x", dry_run=True)
     assert parsing.parse(Command, ["runs/x", "--dry-run", "false"]) == Command("runs/x")
@@ -126,7 +127,7 @@ def test_later_options_win(tmp_path: Path) -> None:
         ("stray", "stray: no such field; --help lists them all"),
         ("--part.width 1.5", "part.width=1.5: expected a whole number"),
         ("--part.rate nan", "part.rate=nan: expected a number"),
-        ("--part.pool 4", "part.pool=4: expected a list of whole numbers such as [4, 4]"),
+        ("--part.pool four", "part.pool=four: expected a list of whole numbers such as [4, 4]"),
         ("--between 3", "between=3: expected a list of 2 numbers, or null"),
         ("--part.mode quick", "part.mode=quick: choose fast or slow"),
         ("--part.width 0", "part.width=0: must be at least 1"),
