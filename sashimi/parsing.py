@@ -237,6 +237,14 @@ def _message(error: Exception, parser: ArgumentParser, config_class: type) -> st
         r"unrecognized arguments: -*([\w.]+)|(?:Group '(.*)' does not accept option|Option) '(.*?)'", text
     ):
         name = found[1] or ".".join(filter(None, found.group(2, 3)))
-        close = difflib.get_close_matches(name, set(parser.get_defaults().keys()) - {name}, 1)
+        close = _closest(name, set(parser.get_defaults().keys()) - {name})
         return f"{name}: no such field; " + (f"did you mean {close[0]}?" if close else "--help lists them all")
     return one_line(text, 300)
+
+
+def _closest(name: str, fields: set[str]) -> list[str]:
+    """The field most like `name`, if any: before all others one whose last part is that of `name`, or its initials."""
+    last = name.rpartition(".")[2]
+    initials = "".join(word[:1] for word in last.split("_"))
+    same = [field for field in fields if field.rpartition(".")[2] in (last, initials)]
+    return difflib.get_close_matches(name, same, 1, cutoff=0) or difflib.get_close_matches(name, fields, 1)

@@ -78,6 +78,21 @@ def test_what_cannot_run_is_refused_in_one_line(option: str, message: str) -> No
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("--lr", "optim.lr"),
+        ("--optim.learning_rate", "optim.lr"),
+        ("--model.steps", "train.steps"),
+        ("--optim.mni_lr", "optim.min_lr"),
+    ],
+)
+def test_a_wrong_name_is_told_the_right_one(name: str, meant: str) -> None:
+    """Its last part counts for more than its spelling as a whole. Mutations: drop `last`, `initials` or `cutoff=0`."""
+    with pytest.raises(InputError, match=f"did you mean {meant}[?]$"):
+        parse_run_config([name, "0.1"])
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_a_config(recipe: Path) -> None:
     """And names its run after itself, so that two recipes never share a folder. Mutation: misspell a field in one."""
