@@ -233,6 +233,8 @@ def _message(error: Exception, parser: ArgumentParser, config_class: type) -> st
         return f"{found[1]}={_shown(found[2])}: a section; give its fields, such as --{found[1]}.field value"
     if text.startswith("Unexpected config"):
         return "expected lines of the form `field: value`"
+    if found := re.search(r"unrecognized arguments: ([^\s-]\S*)", text):
+        return f"{_shown(found[1])}: was not expected; names with spaces need quotes"
     if found := re.search(
         r"unrecognized arguments: -*([\w.]+)|(?:Group '(.*)' does not accept option|Option) '(.*?)'", text
     ):

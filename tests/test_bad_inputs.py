@@ -263,7 +263,7 @@ ROWS = [
     Row("train", "--train.stesp 3", "train.stesp: no such field; did you mean train.steps?"),
     Row("train", "--train.steps many", "train.steps=many: expected a whole number"),
     Row("train", "--train.steps", "argument --train.steps: expected one argument"),
-    Row("train", "stray", "stray: no such field"),
+    Row("train", "stray", "stray: was not expected; names with spaces need quotes"),
     Row("train", ["--name", ""], "name='': is empty; give a value, or leave it out for the default"),
     Row("train", ["--init-from", ""], "init_from='': is empty"),
     Row("train", "--config none.yaml", "none.yaml: no such config file"),
@@ -280,6 +280,7 @@ ROWS = [
     Row("make!", "", ".*required: source"),
     Row("make!", ["", "--out", "out"], "source='': is empty"),
     Row("make!", "audio", "out: say where the shards go"),
+    Row("make!", "my recordings --out out", "recordings: was not expected; names with spaces need quotes"),
     Row("make", "--chunk-second 3", "chunk_second: no such field; did you mean chunk_seconds?"),
     Row(
         "make!",
@@ -289,7 +290,7 @@ ROWS = [
     Row("make!", "audio --out o --fractions [.nan,50,50]", r"fractions=\[?\(?nan, 50.0, 50.0\)?\]?: must be finite"),
     Row("make", "--split random", "split=random: choose fractions, lists or folders"),
     Row("check!", "", ".*required: folder"),
-    Row("check!", "shards --rebuild-index maybe", "maybe: no such field"),
+    Row("check!", "shards --rebuild-index maybe", "maybe: was not expected"),
     Row("import!", "v4.pt", "--out is missing"),
     Row("import", "--quantizer alaw", "quantizer=alaw: choose mu-law, linear, mu-law-minmax or linear-minmax, or null"),
     # ---- files of audio, and lists of them

@@ -93,13 +93,13 @@ def test_a_file_need_not_give_what_is_positional(tmp_path: Path) -> None:
 
 
 def test_a_field_without_a_default_is_positional() -> None:
-    """Mutation: as_positional=False."""
+    r"""Mutations: as_positional=False; `[\w.]+` in place of `[^\s-]\S*`."""
     assert parsing.parse(Command, ["runs/x", "--split=valid"]) == Command("runs/x", "valid")
     assert parsing.parse(Command, ["--split", "valid", "runs/x"]) == Command("runs/x", "valid")
     with pytest.raises(InputError, match="required: folder"):
         parsing.parse(Command, ["--split=valid"])
-    with pytest.raises(InputError, match=r"^stray: no such field"):
-        parsing.parse(Command, ["runs/x", "stray"])
+    with pytest.raises(InputError, match=r"^to/stray: was not expected; names with spaces need quotes$"):
+        parsing.parse(Command, ["runs/x", "to/stray", "--split=valid"])
 
 
 def test_the_name_of_a_switch_alone_is_yes() -> None:
@@ -124,7 +124,7 @@ def test_later_options_win(tmp_path: Path) -> None:
         ("--part.widht 3", "part.widht: no such field; did you mean part.width?"),
         ("--part.wid 3", "part.wid: no such field; did you mean part.width?"),
         ("--xyz=3", "xyz: no such field; --help lists them all"),
-        ("stray", "stray: no such field; --help lists them all"),
+        ("stray", "stray: was not expected; names with spaces need quotes"),
         ("--part.width 1.5", "part.width=1.5: expected a whole number"),
         ("--part.rate nan", "part.rate=nan: expected a number"),
         ("--part.pool four", "part.pool=four: expected a list of whole numbers such as [4, 4]"),
