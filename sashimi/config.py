@@ -62,6 +62,9 @@ class RunConfig:
                 f"data.segment={segment}: must be a multiple of {pool}, the product of "
                 f"model.pool={list(self.model.pool)}; the next one is {-(-segment // pool) * pool}"
             )
+        seconds, rate = self.track.audio_seconds, self.audio.sample_rate
+        if round(seconds * rate) < 1:
+            raise InputError(f"track.audio_seconds={seconds}: is less than one sample at {rate} Hz")
 
     @property
     def folder(self) -> Path:

@@ -67,6 +67,7 @@ def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         ("--train.steps=0", "train.steps=0"),
         ("--track.log_every=0", "track.log_every=0"),
         ("--track.audio_seconds=0", "track.audio_seconds=0.0"),
+        ("--track.audio_seconds=1e-5", "track.audio_seconds=1e-05: is less than one sample at 16000 Hz"),
         ("--track.audio_every=-1", "track.audio_every=-1"),
         ("--data.tail=cut", "data.tail=cut"),
     ],
