@@ -87,8 +87,8 @@ def adopt_model(
 ) -> RunConfig:
     """`config` with the model and quantizer of a model folder's config.json, for a run that starts from its weights.
 
-    The sample rate stays the shards' own, and dropout this run's choice. What else differs from `config` is logged.
-    InputError if that model only runs.
+    The sample rate stays the shards' own, and dropout this run's choice. What else differs from `config` is logged, and
+    that the rate is not the model's. InputError if that model only runs.
     """
     if folder_config.get("format", "sashimi") != "sashimi":
         raise InputError(f"{where}: a model of format {folder_config['format']} can be sampled, not trained")
@@ -108,4 +108,6 @@ def adopt_model(
     ]
     if changed:
         log(f"{where} decides: {', '.join(changed)}")
+    if audio.sample_rate != config.audio.sample_rate:
+        log(f"{where} was trained at {audio.sample_rate} Hz and goes on at {config.audio.sample_rate} Hz")
     return adopted

@@ -332,3 +332,17 @@ def test_init_from_says_what_it_decides(train: Train, tmp_path: Path, capsys: py
     train("tuned", "--init_from", str(tmp_path / "runs/run"), "--train.steps", "1", *asked)
     decided = "decides: model.d_model=8 instead of 4, audio.quantizer=mu-law instead of linear"
     assert decided in capsys.readouterr().err
+
+
+def test_init_from_says_that_the_sample_rate_changes(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That of the shards is taken, and said only where it is another. Mutation: drop the second `log`."""
+    other = write_split(tmp_path / "other", "train", {"a": np.ones(5000, np.int16)}, 16000)
+    write_split(other.folder, "valid", {"b": np.ones(500, np.int16)}, 16000)
+    run, one = str(tmp_path / "runs/run"), ("--train.steps", "1")
+    train("run", *one)
+    train("same", *one, "--init-from", run)
+    assert "trained at" not in capsys.readouterr().err
+    train("tuned", *one, "--init-from", run, "--data.shards", str(other.folder), "--audio.sample_rate", "16000")
+    assert f"{run} was trained at 8000 Hz and goes on at 16000 Hz" in capsys.readouterr().err
