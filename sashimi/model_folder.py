@@ -45,7 +45,10 @@ def save_model(
 
 
 def find_model_folder(path: Path) -> Path:
-    """The model folder meant by `path`: itself, or for a run folder its best checkpoint, else the newest whole one."""
+    """The model folder meant by `path`: itself, or for a run folder its best checkpoint, else the newest whole one.
+
+    InputError naming the newest whole one if the best is there and damaged: another model is taken only if asked for.
+    """
     if path.is_file():
         raise InputError(
             f"{path}: is a file; give a model folder, which tools/import_checkpoint.py makes of a checkpoint"
@@ -56,11 +59,17 @@ def find_model_folder(path: Path) -> Path:
         return path
     checkpoints = checkpoints_of(path / "checkpoints")
     best = best_step(path)
+    found: list[str] = []
     for step, folder in checkpoints:
-        if step == best:
+        if step == best and not (found := atomic.faults(folder)):
             return folder
     for _, folder in checkpoints:
         if not atomic.faults(folder):
+            if found:
+                raise InputError(
+                    f"{path}: its best checkpoint is not whole: {'; '.join(found)}; "
+                    f"restore it from a copy, or give {folder}, the newest whole one"
+                )
             return folder
     if checkpoints:
         raise InputError(f"{path}: none of its {len(checkpoints)} checkpoints is whole; restore one from a copy")

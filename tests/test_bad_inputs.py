@@ -84,6 +84,10 @@ def link(name: str, target: str) -> Spoil:
     return lambda world: os.symlink(target, world / name)
 
 
+def copied(name: str, to: str) -> Spoil:
+    return lambda world: shutil.copytree(world / name, world / to)
+
+
 def pipe(name: str) -> Spoil:
     return lambda world: ((world / name).unlink(missing_ok=True), os.mkfifo(world / name))
 
@@ -523,6 +527,20 @@ ROWS = [
         "",
         "runs/old/best.json: step=x: must be a number; delete the file",
         write("runs/old/best.json", '{"step": "x"}'),
+    ),
+    *(
+        Row(
+            which,
+            arguments,
+            f"runs/old: its best checkpoint is not whole: {CHECKPOINT}/{damaged}: .*; restore it from a copy, "
+            "or give runs/old/checkpoints/step-00000000, the newest whole one",
+            all_of(copied(CHECKPOINT, "runs/old/checkpoints/step-00000000"), write(f"{CHECKPOINT}/{damaged}", "{}")),
+        )
+        for which, arguments, damaged in (
+            ("evaluate!", "runs/old", "config.json"),
+            ("sample!", "runs/old", "manifest.json"),
+            ("train", "--init-from runs/old", "model.safetensors"),
+        )
     ),
     # ---- model folders
     *(

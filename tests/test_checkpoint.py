@@ -308,7 +308,10 @@ def test_an_export_replaces_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_gives_its_best_checkpoint_else_the_newest_whole_one(tmp_path: Path) -> None:
-    """Averaged weights go first. Mutation: ignore best.json, or ema.safetensors."""
+    """Averaged weights go first, and no other checkpoint stands in for the best that is damaged.
+
+    Mutations: ignore best.json, ema.safetensors or `found`.
+    """
     checkpoints = tmp_path / "checkpoints"
     for step in (1, 2, 3):
         save(checkpoints, step)
@@ -326,7 +329,7 @@ def test_a_run_gives_its_best_checkpoint_else_the_newest_whole_one(tmp_path: Pat
     save(checkpoints, 4, ema={"b": torch.tensor(44)})
     assert loaded(tmp_path) == 44
     checkpoint.write_best(tmp_path, 3, 1.5)
-    with pytest.raises(InputError, match=r"step-00000003/model\.safetensors"):
+    with pytest.raises(InputError, match=r"step-00000003/model\.safetensors.*or give \S*/step-00000004, the newest"):
         loaded(tmp_path)
 
 
