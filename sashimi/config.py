@@ -1,7 +1,9 @@
 """RunConfig: everything that defines a run, composed of the configs that live beside the code that reads them."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,34 @@ class RunConfig:
 
 
 def parse_run_config(argv: Sequence[str]) -> RunConfig:
-    """The config of a command line of launch/train.py; see `parsing.parse`."""
-    return parsing.parse(RunConfig, argv, "train.py", "Train a SaShiMi model. Later options win over earlier ones.")
+    """The config of a command line of launch/train.py; see `parsing.parse`.
+
+    InputError if it is that of a run which was moved or renamed, and would be started anew where it was.
+    """
+    about = "Train a SaShiMi model. Later options win over earlier ones."
+    config = parsing.parse(RunConfig, argv, "train.py", about)
+    file = _naming_file(argv)
+    if file is not None and file.name == "config.yaml" and (file.parent / "checkpoints").is_dir():
+        run = Path(os.path.realpath(file.parent))
+        if run != Path(os.path.realpath(config.folder)):
+            raise InputError(
+                f"{file}: is of the run in {file.parent}, but names {config.folder}; to go on with that run, add "
+                f"--runs {os.path.relpath(run.parent)} --name {run.name}, to start another one, a --name"
+            )
+    return config
+
+
+def _naming_file(argv: Sequence[str]) -> Path | None:
+    """The --config file that names the run of a command line that can be parsed; None if an option does, or nothing."""
+    words = [part for word in argv for part in word.split("=", 1)]
+    for word, value in reversed(list(pairwise(words))):
+        if word in ("--name", "--runs"):
+            return None
+        if word == "--config":
+            fields = yaml.load(Path(value).read_text(encoding="utf-8"), yaml.BaseLoader)  # whatever its values are
+            if fields.keys() & {"name", "runs"}:
+                return Path(value)
+    return None
 
 
 def save_config(config: RunConfig, file: Path) -> None:

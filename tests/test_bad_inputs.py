@@ -448,6 +448,12 @@ ROWS = [
     ),
     # ---- checkpoints and runs
     Row("train", "--runs v4.pt", "v4.pt"),
+    Row(
+        "train!",
+        "--config runs/new/config.yaml --train.steps 2",
+        "runs/new/config.yaml: is of the run in runs/new, but names runs/old; to go on",
+        lambda world: (world / "runs/old").rename(world / "runs/new"),
+    ),
     Row("train", "--name a/b", "name='a/b': must be a plain folder name"),
     Row("train", "--resume nowhere", "resume=nowhere: is not a checkpoint of this run"),
     Row("train", f"--resume {CHECKPOINT}", f"resume={CHECKPOINT}: is not a checkpoint of this run"),

@@ -103,3 +103,32 @@ def test_every_recipe_is_a_config(recipe: Path) -> None:
 def test_the_run_folder() -> None:
     """Mutation: leave out `runs`."""
     assert parse_run_config(["--runs=a", "--name=b"]).folder == Path("a/b")
+
+
+def test_a_moved_run_is_not_started_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config names the folder where it was, unless that is the same one or what comes later names another.
+
+    Mutations: drop the check; in `_naming_file`, drop `reversed`, the return of None, or the look into files, or look
+    with a `SafeLoader`.
+    """
+    monkeypatch.chdir(tmp_path)
+    new, there = Path("runs/new"), ["--config", "runs/new/config.yaml"]
+    (new / "checkpoints").mkdir(parents=True)
+    save_config(RunConfig(name="old"), new / "config.yaml")
+    Path("steps.yaml").write_text("train: {steps: 7}")
+    Path("named.yaml").write_text("name: 2024-13-45")
+    for argv in (there, ["--name=own", *there], [*there, "--config=steps.yaml"]):
+        with pytest.raises(InputError) as error:
+            parse_run_config(argv)
+        assert str(error.value) == (
+            "runs/new/config.yaml: is of the run in runs/new, but names runs/old; "
+            "to go on with that run, add --runs runs --name new, to start another one, a --name"
+        )
+    for argv in (["--name=old"], ["--name", "own"], ["--runs=x"], ["--config", "named.yaml"]):
+        assert parse_run_config([*there, *argv]).folder != new
+    assert parse_run_config([*there, "--runs", "runs", "--name", "new"]).folder == new
+    Path("runs/old").symlink_to("new")
+    assert parse_run_config(there).folder.samefile(new)
+    Path("runs/old").unlink()
+    (new / "checkpoints").rmdir()
+    assert parse_run_config(there).folder == Path("runs/old")

@@ -132,7 +132,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     moments = {"norm.weight/exp_avg": torch.rand(4)}
     config = {"seed": 1, "model": parsing.to_dict(MODEL), "audio": audio}
     save_checkpoint(folder / "checkpoints", 3, weights, moments, RunState(3, 24, best_bits=4.5).to_json(), config)
-    save_config(RunConfig(), folder / "config.yaml")
+    save_config(RunConfig(folder.name, runs=str(folder.parent)), folder / "config.yaml")
     (folder / "in").mkdir()
     for name in ("a.wav", "b.flac"):
         sf.write(folder / "in" / name, rng.normal(0, 0.1, 500), RATE)

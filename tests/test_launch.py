@@ -76,6 +76,20 @@ def test_a_saved_config_is_all_that_a_run_needs(call: Call, tiny: list[str], tmp
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["steps"] == 14
 
 
+def test_a_renamed_run_goes_on_with_what_its_line_says(call: Call, tiny: list[str], tmp_path: Path) -> None:
+    """And not in a new folder of the old name. Mutation: another `--name` in the line."""
+    run = tmp_path / "runs/run"
+    call("launch/train.py", *tiny)
+    renamed = run.rename(run.with_name("renamed"))
+    saved = ["--config", str(renamed / "config.yaml"), "--train.steps", "14"]
+    answer = call("launch/train.py", *saved)
+    assert answer.code == 2
+    remedy = re.findall(r"--runs \S+|--name \w+", answer.error)
+    assert call("launch/train.py", *saved, *" ".join(remedy).split()).code == 0
+    assert [line["step"] for line in metrics(renamed) if "train/bits" in line] == list(range(1, 15))
+    assert not run.exists()
+
+
 def test_a_saved_config_goes_on_after_a_step_back(call: Call, tiny: list[str], tmp_path: Path) -> None:
     """Once a run has gone back with --resume PATH, its config does not go back again.
 
