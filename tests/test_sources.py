@@ -89,9 +89,10 @@ def test_folders(tmp_path: Path) -> None:
 
 
 def test_what_is_no_audio_is_no_source(tmp_path: Path) -> None:
-    """Other and hidden files, folders called x.wav. Mutation: drop `startswith(".")`."""
-    touch(tmp_path, "a.wav", "b.txt", "._a.wav", "d.wav/inside.wav")
-    assert splits(tmp_path, fractions=(100, 0, 0))["train"] == ["a.wav", "d.wav/inside.wav"]
+    """Other and hidden files, hidden folders, folders called x.wav. Mutations: drop either `startswith(".")`."""
+    root = tmp_path / ".hidden itself"
+    touch(root, "a.wav", "b.txt", "._a.wav", "d.wav/inside.wav", ".Trash-1000/files/gone.wav", "d.wav/.cache/old.wav")
+    assert splits(root, fractions=(100, 0, 0))["train"] == ["a.wav", "d.wav/inside.wav"]
 
 
 def test_names_and_links_that_cannot_be_read(tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ class SourceConfig:
     """Which recordings are packed, and which of them train, validate and test."""
 
     source: str
-    """Folder that is searched for wav, flac, ogg and mp3 files; or a text file that names one file a line, relative
-    to its own folder."""
+    """Folder that is searched for wav, flac, ogg and mp3 files, but for hidden files and folders; or a text file that
+    names one file a line, relative to its own folder."""
     split: Literal["fractions", "lists", "folders"] = "fractions"
     """How recordings are divided: by `fractions` of the naturally sorted files; by `lists` that name those of valid
     and of test; or by the `folders` train, valid (or validation, val, dev) and test in SOURCE."""
@@ -108,7 +108,8 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def _search(root: Path) -> dict[str, Path]:
-    """Audio files below a folder, by name within it; hidden files (such as the ._x.wav of macOS) are not audio.
+    """Audio files below a folder, by name within it; hidden files (such as the ._x.wav of macOS) and what is in hidden
+    folders (such as .Trash-1000) are not audio.
 
     Links are followed, but not to a folder that they lie in. One that leads nowhere is a file that cannot be read, and
     shall be reported. Names that are not UTF-8 are escaped.
@@ -121,8 +122,8 @@ def _search(root: Path) -> dict[str, Path]:
     above = {str(root): {os.path.realpath(root)}}  # of each folder on the way: itself and those that it lies in
     for folder, inner, names in os.walk(root, onerror=stop, followlinks=True):
         paths += [Path(folder) / name for name in names]
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner}
-        inner[:] = [name for name in inner if real[name] not in above[folder]]
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not name.startswith(".")}
+        inner[:] = [name for name in real if real[name] not in above[folder]]
         above |= {os.path.join(folder, name): above[folder] | {real[name]} for name in inner}
     return {
         os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace"): path
