@@ -65,10 +65,10 @@ def test_groups_stay_together(tmp_path: Path, group_by: str, group: object) -> N
 
 
 def test_lists_as_of_speech_commands(tmp_path: Path) -> None:
-    """Named files; all others train; other classes neither. Mutation: swap the two lists' splits."""
+    """Named files; all others train; other classes neither. Mutations: swap the two lists' splits; no `normpath`."""
     touch(tmp_path, "two/a.wav", "two/b.wav", "one/a.wav", "one/b.wav", "one/c.wav", "_noise_/hum.wav")
     (tmp_path / "validation_list.txt").write_text("one/a.wav\n")
-    (tmp_path / "testing_list.txt").write_text("two/b.wav\none/c.wav\n\n")
+    (tmp_path / "testing_list.txt").write_text("./two/b.wav\none//c.wav\n\n")
     train = ["one/b.wav", "two/a.wav"]
     assert splits(tmp_path, split="lists", labels="two,one") == {
         "train": train,
@@ -123,7 +123,7 @@ def test_a_folder_that_cannot_be_opened_is_named(shut_folder: Path) -> None:
 
 
 def test_list_file_as_source(tmp_path: Path) -> None:
-    """Paths are relative to the list; its order does not matter. Mutation: `path.parent / line` -> `Path(line)`."""
+    """Paths are relative to the list; its order does not matter. Mutation: `path.parent / name` -> `Path(name)`."""
     touch(tmp_path / "audio", "2.wav", "10.wav", "unlisted.wav")
     (tmp_path / "list.txt").write_text("audio/10.wav\naudio/2.wav\n\n")
     sources = find_sources(SourceConfig(str(tmp_path / "list.txt"), fractions=(100, 0, 0)))

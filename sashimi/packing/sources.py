@@ -136,15 +136,15 @@ def _search(root: Path) -> dict[str, Path]:
 
 def _read_list(path: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
-    for line in _lines(path):
-        name = posixpath.normpath(line)
+    for name in _names(path):
         if name in files:
             raise InputError(f"{path}: names {name} twice: remove one")
         files[name] = path.parent / name
     return files
 
 
-def _lines(path: Path) -> list[str]:
+def _names(path: Path) -> list[str]:
+    """The lines of a list, `./a.wav` as a.wav, by which names are compared."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows programs put a mark before the first line
     except OSError as error:
@@ -153,7 +153,7 @@ def _lines(path: Path) -> list[str]:
         raise InputError(f"{path}: not a text file: give a folder, or a list with one file name a line") from None
     if "\0" in text:
         raise InputError(f"{path}: not a text file: give a folder, or a list with one file name a line")
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    return [posixpath.normpath(line.strip()) for line in text.splitlines() if line.strip()]
 
 
 def _with_labels(names: list[str], config: SourceConfig) -> list[str]:
@@ -205,7 +205,7 @@ def _by_lists(names: list[str], config: SourceConfig) -> dict[str, str]:
     splits = dict.fromkeys(names, "train")
     for split, file in (("valid", config.valid_list), ("test", config.test_list)):
         path = (root if root.is_dir() else root.parent) / file
-        for name in _lines(path):
+        for name in _names(path):
             if config.label_names and parent_name(name) not in config.label_names:
                 continue
             if name not in splits:
