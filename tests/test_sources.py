@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,21 @@ def test_groups_stay_together(tmp_path: Path, group_by: str, group: object) -> N
     assert sum(map(len, groups)) == len(set().union(*groups))
     share = len(found["train"]) / (8 * 9 * 3)
     assert 0.4 < share < 0.7
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fractions"),
+    [((10, 10, 10), (60, 20, 20)), ((1, 2, 80, 3), (88, 6, 6)), ((5, 5, 5), (0, 88, 12)), ((1, 9), (95, 5, 0))],
+)
+def test_groups_that_do_not_fit_the_fractions(tmp_path: Path, sizes: tuple, fractions: tuple) -> None:
+    """The fractions that the message proposes fill the splits. Mutations: drop a side of `and` in `_remedy`."""
+    touch(tmp_path, *(f"voice{v}/{i}.wav" for v, size in enumerate(sizes) for i in range(size)))
+    with pytest.raises(InputError, match=f"they are {len(sizes)} groups by group_by='parent': add groups") as caught:
+        splits(tmp_path, group_by="parent", fractions=fractions)
+    proposed = re.search(r"with --fractions (\d+) (\d+) (\d+), say$", str(caught.value))
+    assert proposed is not None
+    found = splits(tmp_path, group_by="parent", fractions=tuple(map(float, proposed.groups())))
+    assert [bool(names) for names in found.values()] == [percent > 0 for percent in fractions]
 
 
 def test_lists_as_of_speech_commands(tmp_path: Path) -> None:
@@ -136,6 +152,10 @@ def test_list_file_as_source(tmp_path: Path) -> None:
     [
         ({"fractions": (90, 6, 6)}, "fractions=[90, 6, 6]: give three percentages"),
         ({"fractions": (88, 6, 6)}, "none of 4 files is left for valid"),
+        (
+            {"fractions": (60, 20, 20), "group_by": "parent"},
+            "they are 2 groups by group_by='parent', which no fractions",
+        ),
         ({"group_by": "parent", "split": "folders"}, "group_by='parent': goes with split=fractions only"),
         ({"group_by": "("}, "group_by='(': not a regular expression"),
         ({"group_by": "voice"}, "group_by='voice': not found in one/a.wav"),

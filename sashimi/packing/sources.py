@@ -3,6 +3,8 @@
 Everything here follows from names alone; no audio is opened.
 """
 
+import itertools
+import math
 import os
 import posixpath
 import re
@@ -85,7 +87,7 @@ def find_sources(config: SourceConfig) -> list[Source]:
     names = _with_labels(names, config)
     if config.split == "fractions":
         splits = _by_fractions(names, config)
-        expected = [split for split, percent in zip(SPLITS, config.fractions, strict=True) if percent > 0]
+        expected = _expected(config.fractions)
     elif config.split == "lists":
         splits = _by_lists(names, config)
         expected = list(SPLITS)
@@ -94,10 +96,7 @@ def find_sources(config: SourceConfig) -> list[Source]:
         expected = []
     for split in expected:
         if split not in splits.values():
-            raise InputError(
-                f"{root}: none of {len(names)} files is left for {split}: add files, or divide them otherwise, "
-                "with --fractions 60 20 20, say, or another --split"
-            )
+            raise InputError(f"{root}: none of {len(names)} files is left for {split}: {_remedy(names, config)}")
     return [Source(files[name], name, splits[name]) for name in names]
 
 
@@ -175,17 +174,44 @@ def parent_name(name: str) -> str:
 
 def _by_fractions(names: list[str], config: SourceConfig) -> dict[str, str]:
     """Cuts the sorted names as the original does, at ⌊88 %⌋ and ⌊94 %⌋; a group goes where its first file goes."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(_group(name, config.group_by), []).append(name)
-    train, valid, _ = config.fractions
-    bounds = [int(len(names) * percent / 100) for percent in (train, train + valid)]
+    groups = _groups(names, config.group_by)
     splits: dict[str, str] = {}
-    for members in groups.values():
-        place = len(splits)
-        split = SPLITS[sum(place >= bound for bound in bounds)]
+    for members, split in zip(groups, _cut(list(map(len, groups)), config.fractions), strict=True):
         splits |= dict.fromkeys(members, split)
     return splits
+
+
+def _cut(sizes: list[int], fractions: tuple[float, float, float]) -> list[str]:
+    """The split of each group, by the numbers of their files."""
+    train, valid, _ = fractions
+    bounds = [int(sum(sizes) * percent / 100) for percent in (train, train + valid)]
+    places = itertools.accumulate(sizes[:-1], initial=0)
+    return [SPLITS[sum(place >= bound for bound in bounds)] for place in places]
+
+
+def _expected(fractions: tuple[float, float, float]) -> list[str]:
+    return [split for split, percent in zip(SPLITS, fractions, strict=True) if percent > 0]
+
+
+def _remedy(names: list[str], config: SourceConfig) -> str:
+    """How to leave no split without files. For groups: the fractions nearest to 60 20 20 that do, if any do."""
+    if config.group_by is None:
+        return "add files, or divide them otherwise, with --fractions 60 20 20, say, or another --split"
+    sizes = list(map(len, _groups(names, config.group_by)))
+    few = f"they are {len(sizes)} groups by group_by={config.group_by!r}"
+    expected = _expected(config.fractions)
+    whole = [(train, valid, 100 - train - valid) for train in range(101) for valid in range(101 - train)]
+    for fractions in sorted(whole, key=lambda one: math.dist(one, (60, 20, 20))):
+        if _expected(fractions) == expected and set(_cut(sizes, fractions)) == set(expected):
+            return f"{few}: add groups, or divide them otherwise, with --fractions {' '.join(map(str, fractions))}, say"
+    return f"{few}, which no fractions divide so: add groups, or leave --group-by out"
+
+
+def _groups(names: list[str], group_by: str | None) -> list[list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_group(name, group_by), []).append(name)
+    return list(groups.values())
 
 
 def _group(name: str, group_by: str | None) -> str:
