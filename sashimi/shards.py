@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import shlex
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from sashimi.store import RemoteFile, RemoteFolder
 FORMAT = "sashimi-shards-1"
 SPLITS = ("train", "valid", "test")
 NO_LABEL = -1
+STATE = ".packing"  # folder within a folder of shards, as long as packing is not done
 SEALED = ("format", "sample_rate", "labels", "splits")  # what the manifest says of the tars; the rest is their history
 
 INDEX_DTYPE = np.dtype(
@@ -84,12 +86,9 @@ def read_manifest(folder: Path | RemoteFolder) -> dict[str, Any]:
     where = f"{folder}/{MANIFEST}"
     if isinstance(folder, RemoteFolder):
         manifest = from_json(folder.copy(MANIFEST).read_bytes(), where)
+    elif not (folder / MANIFEST).is_file():
+        raise InputError(_without_manifest(folder))
     else:
-        make = f"python tools/make_shards.py SOURCE --out {folder}"
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no such folder of shards: make it with `{make}`")
-        if not (folder / MANIFEST).is_file():
-            raise InputError(f"{where} is missing, so packing did not finish: run `{make}` again, as before")
         manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise InputError(
@@ -101,9 +100,26 @@ def read_manifest(folder: Path | RemoteFolder) -> dict[str, Any]:
     return manifest
 
 
+def _without_manifest(folder: Path) -> str:
+    """What a folder without a manifest is, and what to do."""
+    where, quoted = folder / MANIFEST, shlex.quote(str(folder))
+    if not folder.is_dir():
+        return f"{folder}: no such folder of shards: make it with `python tools/make_shards.py SOURCE --out {quoted}`"
+    if (folder / STATE).exists():
+        again = f"run `python tools/make_shards.py SOURCE --out {quoted}` again, as before"
+        return f"{where} is missing, so packing did not finish: {again}"
+    if any(path.name.startswith(SPLITS) for path in folder.glob("*-*.tar")):
+        return f"{where} is missing: restore it, or run {check_command(folder, '--rebuild-index')}"
+    inner = [path.parent for path in sorted(folder.glob(f"*/{MANIFEST}")) if (path.parent / "train.npy").exists()]
+    if inner:
+        return f"{folder}: is not a folder of shards, but has some in it: give {', '.join(map(str, inner[:3]))}, say"
+    make = f"`python tools/make_shards.py {quoted} --out shards/NAME`"
+    return f"{folder}: is not a folder of shards: make one of the recordings in it with {make}"
+
+
 def check_command(folder: Path | RemoteFolder, option: str = "") -> str:
     """The command that checks a folder; of a remote one, where the shards were packed."""
-    words = ("python tools/check_shards.py", str(folder) if isinstance(folder, Path) else "FOLDER", option)
+    words = ("python tools/check_shards.py", shlex.quote(str(folder)) if isinstance(folder, Path) else "FOLDER", option)
     command = f"`{' '.join(filter(None, words))}`"
     return command if isinstance(folder, Path) else f"{command} on a copy of the folder"
 

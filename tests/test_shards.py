@@ -328,21 +328,37 @@ def test_manifest_counts(split: Split) -> None:
 
 
 def test_opening_what_is_not_there(split: Split, tmp_path: Path) -> None:
-    """One line that says what to run. Mutation: drop a check in `read_manifest` or `open_split`."""
-    empty = tmp_path / "empty"
+    """One line that says what to run. Mutation: drop a check in `_without_manifest` or `open_split`, or a `quote`."""
+    empty, quoted = tmp_path / "it's empty", f"'{tmp_path}/it'\"'\"'s empty'"
     empty.mkdir()
+    (tmp_path / "begun/.packing").mkdir(parents=True)
+    many = tmp_path / "many"
+    for number in range(5):
+        shutil.copytree(split.folder, many / str(number))
+    (many / "0/train.npy").unlink()
+    lost = shutil.copytree(split.folder, tmp_path / "lost it")
+    (lost / "manifest.json").unlink()
     other = tmp_path / "other"
     other.mkdir()
     (other / "manifest.json").write_text('{"format": "something"}')
     for folder, name, message in (
-        (tmp_path / "nowhere", "train", "make_shards.py SOURCE --out"),
-        (empty, "train", "packing did not finish: run"),
+        (tmp_path / "nowhere", "train", f"make_shards.py SOURCE --out {tmp_path}/nowhere`"),
+        (
+            empty,
+            "train",
+            f"make one of the recordings in it with `python tools/make_shards.py {quoted} --out shards/NAME`",
+        ),
+        (tmp_path / "begun", "train", "packing did not finish: run"),
+        (lost, "train", f"is missing: restore it, or run `python tools/check_shards.py '{lost}' --rebuild-index`"),
+        (many, "train", f"has some in it: give {many}/1, {many}/2, {many}/3, say"),
         (other, "train", "format='something'"),
         (split.folder, "test", "no clips in split 'test': splits with clips are train, valid"),
         (split.folder, "dev", "no clips in split 'dev'"),
     ):
-        with pytest.raises(InputError, match=rf"^{folder}[^\n]*{re.escape(message)}[^\n]*$"):
+        with pytest.raises(InputError, match=rf"^{re.escape(str(folder))}[^\n]*{re.escape(message)}[^\n]*$"):
             open_split(folder, name)
+    rebuild(lost)
+    open_split(lost, "train")
     with pytest.raises(InputError, match="no shards in it"):
         rebuild(empty)
 

@@ -30,9 +30,8 @@ from sashimi.errors import InputError
 from sashimi.packing.parallel import run_jobs
 from sashimi.packing.sources import Source, SourceConfig, find_sources, parent_name
 from sashimi.shard_writer import ShardWriter
-from sashimi.shards import SPLITS, read_manifest, seal
+from sashimi.shards import SPLITS, STATE, read_manifest, seal
 
-STATE = ".packing"  # folder within OUT, as long as packing is not done
 SILENT_PEAK = 3  # of 32768, or -81 dB of full scale
 BYTES_PER_SAMPLE = 2
 PROCESSING = {
