@@ -89,7 +89,8 @@ def open_split(place: str | Path | RemoteFolder, split: str, cache: str | None =
     splits = manifest["splits"]
     if split not in splits or splits[split]["clips"] == 0:
         filled = ", ".join(name for name in splits if splits[name]["clips"]) or "none"
-        raise InputError(f"{folder} has no clips in split {split!r}: splits with clips are {filled}")
+        again = ", and training needs valid: pack again with --fractions 88 6 6, say" if split == "valid" else ""
+        raise InputError(f"{folder} has no clips in split {split!r}: splits with clips are {filled}{again}")
     shards = [Entry(shard["name"], shard["bytes"], shard["sha256"]) for shard in splits[split]["shards"]]
     if wrong := _wrong_size(folder, shards):
         name, size, expected = wrong

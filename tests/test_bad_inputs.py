@@ -397,7 +397,12 @@ ROWS = [
     Row("train", "--data.shards .", r"\.: is not a folder of shards, but has some in it: give shards, say"),
     Row("train", "--data.shards o", "o/manifest.json is missing, so packing did not finish", folder("o/.packing")),
     Row("train", "", "shards/train-000001.tar: has 0 of", lambda world: (world / "shards/train-000001.tar").unlink()),
-    Row("train", "", "shards has no clips in split 'valid'", lambda world: empty_split(world, "valid")),
+    Row(
+        "train",
+        "",
+        "shards has no clips in split 'valid': splits with clips are train, test, and training needs valid: pack again",
+        lambda world: empty_split(world, "valid"),
+    ),
     Row("evaluate", "--data nowhere", "nowhere: no such folder of shards"),
     Row("evaluate", "--split dev", ".* has no clips in split 'dev': .* are train, valid, test"),
     # ---- numbers, and settings that do not go together

@@ -39,7 +39,8 @@ class SourceConfig:
     """How recordings are divided: by `fractions` of the naturally sorted files; by `lists` that name those of valid
     and of test; or by the `folders` train, valid (or validation, val, dev) and test in SOURCE."""
     fractions: tuple[float, float, float] = (88.0, 6.0, 6.0)
-    """Percent of the files in train, valid and test, for --split fractions. 0 leaves a split out."""
+    """Percent of the files in train, valid and test, for --split fractions. 0 leaves a split out; training needs train
+    and valid."""
     valid_list: str = "validation_list.txt"
     """File that names the recordings of valid, one a line, for --split lists. Its path is relative to SOURCE."""
     test_list: str = "testing_list.txt"
