@@ -202,11 +202,14 @@ class _Stream(sf.SoundFile):
         return False
 
 
-def iter_audio(path: Path, sample_rate: int, block_seconds: float = 10.0) -> Iterator[np.ndarray]:
+def iter_audio(
+    path: Path, sample_rate: int, block_seconds: float = 10.0, channel: int | None = None
+) -> Iterator[np.ndarray]:
     """A file as blocks of mono float32 samples (n,) at `sample_rate`; memory does not grow with its length.
 
-    Channels are averaged, other rates go through soxr (VHQ); 16-bit mono at `sample_rate` comes through exactly.
-    AudioFault if the file is unreadable, empty, truncated, or holds NaN or infinity; a cut may only show at the end.
+    Channels are averaged, or one `channel` is taken; other rates go through soxr (VHQ); 16-bit mono at `sample_rate`
+    comes through exactly. AudioFault if the file is unreadable, empty, truncated, or holds NaN or infinity; a cut may
+    only show at the end.
     """
     header = read_header(path)
     resampler = None
@@ -222,7 +225,7 @@ def iter_audio(path: Path, sample_rate: int, block_seconds: float = 10.0) -> Ite
                 if not np.isfinite(block).all():
                     raise AudioFault(path, f"NaN or infinite samples before {frames / header.sample_rate:.1f} s")
                 last = len(block) < size or frames == header.frames
-                mono = block.mean(axis=1)
+                mono = block.mean(axis=1) if channel is None else block[:, channel]
                 if resampler is not None:
                     mono = resampler.resample_chunk(mono, last=last)
                 if not np.isfinite(mono).all():  # finite samples near the largest float add up to more

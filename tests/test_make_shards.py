@@ -183,6 +183,26 @@ def test_bad_file_is_left_out_and_moves_no_other(
     assert not list((tmp_path / "strict").glob(".tmp-*"))
 
 
+def test_channels_that_cancel_are_told_from_silence(tmp_path: Path, make: Callable[..., str]) -> None:
+    """Whichever channels they are. Mutations: `channel=channel` -> `channel=0`; no `* channels`."""
+    (tmp_path / "in").mkdir()
+    audio, faint = noise(20_000, 0) // 2, np.tile(np.repeat([-5, 5], 100), 100).astype(np.int16)
+    for name, columns in {
+        "cancel": [0 * audio, audio, -audio],
+        "faint": [faint, 0 * faint],
+        "good": [audio, 0 * audio],
+        "silent": [0 * audio, 0 * audio],
+    }.items():
+        sf.write(tmp_path / f"in/{name}.wav", np.stack(columns, 1), 44100)
+    printed = make(tmp_path / "in", "--out", tmp_path / "out", "--fractions", "[100,0,0]")
+    left_out = printed.partition("3 files left out:\n")[2].splitlines()
+    assert left_out == [
+        "  cancel.wav: silent when mixed down: its channels cancel",
+        "  faint.wav: silent",
+        "  silent.wav: silent",
+    ]
+
+
 def test_bad_file_late_in_a_recording_leaves_nothing(tmp_path: Path, make: Callable[..., str]) -> None:
     """Though its first chunks were written already. Mutation: drop `seek` in `ShardWriter.add`."""
     (tmp_path / "in").mkdir()

@@ -322,8 +322,18 @@ def _blocks(recording: Recording, sample_rate: int, outcome: Outcome) -> Iterato
         clipped += int(np.count_nonzero(np.abs(audio) > 1))
         yield block
     if high - low <= 2 * SILENT_PEAK:
-        raise AudioFault(path, "silent")
+        cancel = _channels_cancel(path, recording.header.channels, sample_rate)
+        raise AudioFault(path, "silent when mixed down: its channels cancel" if cancel else "silent")
     outcome.clipped_samples += clipped
+
+
+def _channels_cancel(path: Path, channels: int, sample_rate: int) -> bool:
+    """Of a file whose mean is silent: whether a channel is too loud for that, if the others were silent."""
+    return channels > 1 and any(
+        len(audio) and np.ptp(audio) * 32768 > 2 * SILENT_PEAK * channels
+        for channel in range(channels)
+        for audio in iter_audio(path, sample_rate, channel=channel)
+    )
 
 
 @contextlib.contextmanager
