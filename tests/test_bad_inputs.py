@@ -305,6 +305,7 @@ ROWS = [
     Row("make!", "l --out out", "l: names audio/1.wav twice", write("l", "audio/1.wav\n./audio/1.wav\n")),
     Row("make!", "l --out out --split lists", "validation_list.txt: No such file", write("l", "audio/1.wav\n")),
     Row("make", "--strict", "audio/x.wav: unreadable: not a wav, flac, ogg or mp3 file", write("audio/x.wav", "text")),
+    Row("make", "--strict --dry-run", "audio/x.wav: unreadable: not a wav", write("audio/x.wav", "text")),
     Row("make", "--strict", "audio/x.wav: unreadable: No such file or directory", link("audio/x.wav", "gone.wav")),
     Row("make", "--strict", "audio/x.wav: unreadable: Too many levels", link("audio/x.wav", "x.wav")),
     Row("make", "--strict", r"audio/a\\nb.wav: empty: 0 bytes", write("audio/a\nb.wav", b"")),

@@ -7,7 +7,7 @@ import sys
 
 from sashimi.distributed import run_command
 from sashimi.errors import InputError
-from sashimi.packing.pack import PackConfig, is_packed, make_plan, pack
+from sashimi.packing.pack import PackConfig, is_packed, make_plan, pack, refuse_bad_headers
 from sashimi.packing.report import manifest_report, plan_report
 from sashimi.parsing import parse
 
@@ -17,6 +17,7 @@ def main() -> None:
     config = parse(PackConfig, sys.argv[1:], "make_shards.py", __doc__ or "")
     plan = make_plan(config)
     if config.dry_run:
+        refuse_bad_headers(config, plan)
         print(plan_report(plan, config.sample_rate))
         return
     packed_before = is_packed(config)

@@ -62,7 +62,7 @@ class PackConfig(SourceConfig):
     strict: bool = False
     """Stop at a bad file rather than leave it out and report it at the end."""
     dry_run: bool = False
-    """Print files, hours and bytes per split, and stop."""
+    """Print files, hours and bytes per split, and stop. With --strict, fail if a file's header is bad."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,7 +177,9 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
         manifest = read_manifest(out)
         _refuse_others(out, manifest.get("plan"), plan.checksum)
         return manifest
-    _refuse_bad_headers(config, plan)
+    refuse_bad_headers(config, plan)
+    known = {r.source.name: r.header for s in plan.shards for r in s.recordings if isinstance(r.header, str)}
+    _refuse_empty(out, plan, known)  # before anything is written
     with _mendable(out):
         if (state / MANIFEST).exists():
             _refuse_others(out, read_json(state / MANIFEST).get("work"), _work(config))
@@ -206,13 +208,11 @@ def _refuse_others(out: Path, own: Any, these: str) -> None:
         raise InputError(f"{out}: holds shards of other files or settings: choose another --out, or delete it first")
 
 
-def _refuse_bad_headers(config: PackConfig, plan: Plan) -> None:
-    """What the plan already knows, before anything is written."""
+def refuse_bad_headers(config: PackConfig, plan: Plan) -> None:
+    """AudioFault if, when strict, the plan knows of a bad file already."""
     faults = [(r.source.path, r.header) for shard in plan.shards for r in shard.recordings if isinstance(r.header, str)]
     if config.strict and faults:
         raise AudioFault(*faults[0])
-    names = {r.source.name: r.header for s in plan.shards for r in s.recordings if isinstance(r.header, str)}
-    _refuse_empty(Path(config.out), plan, names)
 
 
 def _refuse_empty(out: Path, plan: Plan, faults: dict[str, str]) -> None:
