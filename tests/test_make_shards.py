@@ -183,6 +183,21 @@ def test_bad_file_is_left_out_and_moves_no_other(
     assert not list((tmp_path / "strict").glob(".tmp-*"))
 
 
+def test_files_of_other_formats_are_counted(tmp_path: Path, make: Callable[..., str]) -> None:
+    """In one line, before packing and after it; other files are not. Mutations: drop `not labels or`, `.lower()`."""
+    for name in ("one/a.m4a", "one/B.M4A", "one/c.opus", "one/d.txt", "one/.e.m4a", "two/f.aac", ".old/g.aac"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    sf.write(tmp_path / "in/one/h.wav", noise(1600, 0), RATE)
+    arguments = (tmp_path / "in", "--out", tmp_path / "out", "--fractions", "[100,0,0]")
+    expected = "\n4 files of other formats are left out (.m4a 2, .opus 1, .aac 1): convert them to flac or wav\n"
+    assert expected in make(*arguments, "--dry-run")
+    assert expected in make(*arguments)
+    assert expected in make(*arguments)
+    labelled = make(*arguments, "--dry-run", "--labels", "one")
+    assert "\n3 files of other formats are left out (.m4a 2, .opus 1): convert" in labelled
+
+
 def test_channels_that_cancel_are_told_from_silence(tmp_path: Path, make: Callable[..., str]) -> None:
     """Whichever channels they are. Mutations: `channel=channel` -> `channel=0`; no `* channels`."""
     (tmp_path / "in").mkdir()

@@ -170,13 +170,14 @@ def test_list_file_as_source(tmp_path: Path) -> None:
         ({"split": "folders"}, "one/a.wav is in none of the folders train"),
         ({"source": "nowhere"}, "nowhere: No such file or directory"),
         ({"source": "bare"}, "bare: there are no .wav, .flac, .ogg, .mp3 files in it"),
+        ({"source": "lossy"}, "lossy: there are no .wav, .flac, .ogg, .mp3 files in it: 1 files of other formats"),
         ({"source": "twice.txt"}, "twice.txt: names one/a.wav twice"),
         ({"source": "binary.txt"}, "binary.txt: not a text file"),
     ],
 )
 def test_refusals_are_one_line(tmp_path: Path, fields: dict, message: str) -> None:
     """That says what to do. Mutation: drop the check."""
-    touch(tmp_path, "one/a.wav", "one/b.wav", "two/c.wav", "two/d.wav", "bare/readme.txt")
+    touch(tmp_path, "one/a.wav", "one/b.wav", "two/c.wav", "two/d.wav", "bare/readme.txt", "lossy/a.m4a")
     (tmp_path / "wrong.txt").write_text("one/zzz.wav\n")
     (tmp_path / "ok.txt").write_text("one/a.wav\n")
     (tmp_path / "twice.txt").write_text("one/a.wav\none/a.wav\n")

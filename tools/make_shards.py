@@ -25,7 +25,7 @@ def main() -> None:
         manifest = pack(config, plan)
     except KeyboardInterrupt:
         raise InputError("interrupted: the same command goes on from here") from None
-    print(manifest_report(manifest))
+    print(manifest_report(manifest, plan))
     if packed_before:
         print(f"{config.out} was complete already; to pack it anew, delete it")
 

@@ -28,7 +28,7 @@ from sashimi.atomic import MANIFEST, UNFINISHED, read_json, write_json
 from sashimi.audio import AudioFault, Header, iter_audio, read_header, to_int16
 from sashimi.errors import InputError
 from sashimi.packing.parallel import run_jobs
-from sashimi.packing.sources import Source, SourceConfig, find_sources, parent_name
+from sashimi.packing.sources import Source, SourceConfig, find_sources, other_formats, parent_name
 from sashimi.shard_writer import ShardWriter
 from sashimi.shards import SPLITS, STATE, read_manifest, seal
 
@@ -102,6 +102,8 @@ class Plan(NamedTuple):
 
     shards: list[Shard]
     checksum: str
+    other_formats: str
+    """A line about files that are not in it for their format; or none."""
 
 
 def make_plan(config: PackConfig) -> Plan:
@@ -116,7 +118,7 @@ def make_plan(config: PackConfig) -> Plan:
         shards += _fill(split, recordings, config.shard_megabytes * 1e6 / BYTES_PER_SAMPLE)
     basis = [[shard.name, [(r.source.name, r.key, r.header) for r in shard.recordings]] for shard in shards]
     checksum = hashlib.sha256(json.dumps([_settings(config), basis]).encode()).hexdigest()
-    return Plan(shards, checksum)
+    return Plan(shards, checksum, other_formats(config))
 
 
 def _header(source: Source) -> Header | str:

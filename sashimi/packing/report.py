@@ -20,11 +20,11 @@ def plan_report(plan: Plan, sample_rate: int) -> str:
         faults |= {r.source.name: r.header for r in recordings if isinstance(r.header, str)}
         megabytes = samples * BYTES_PER_SAMPLE / 1e6
         rows.append([split, len(shards), len(recordings), f"{samples / sample_rate / 3600:.3f}", f"{megabytes:.1f}"])
-    return _table(["split", "shards", "files", "hours", "MB (uncompressed)"], rows) + _left_out(faults)
+    return _table(["split", "shards", "files", "hours", "MB (uncompressed)"], rows) + _left_out(faults, plan)
 
 
-def manifest_report(manifest: Mapping[str, Any]) -> str:
-    """What was packed and what was left out, from a folder's manifest."""
+def manifest_report(manifest: Mapping[str, Any], plan: Plan) -> str:
+    """What was packed and what was left out, from a folder's manifest and its plan."""
     rows = []
     for split, about in manifest["splits"].items():
         megabytes = sum(shard["bytes"] for shard in about["shards"]) / 1e6
@@ -33,7 +33,7 @@ def manifest_report(manifest: Mapping[str, Any]) -> str:
     head = ["split", "shards", "recordings", "clips", "hours", "MB"]
     clipped = manifest.get("clipped_samples", 0)
     loud = f"\n{clipped:,} samples were louder than full scale and are clipped" if clipped else ""
-    return _table(head, rows) + loud + _left_out(manifest.get("faults", {}))
+    return _table(head, rows) + loud + _left_out(manifest.get("faults", {}), plan)
 
 
 def census_report(found: Mapping[str, Census], sample_rate: int) -> str:
@@ -47,9 +47,10 @@ def census_report(found: Mapping[str, Census], sample_rate: int) -> str:
     return _table(head, rows) + "".join(f"\n{one_line(fault)}" for fault in faults)
 
 
-def _left_out(faults: Mapping[str, str]) -> str:
+def _left_out(faults: Mapping[str, str], plan: Plan) -> str:
+    others = f"\n{plan.other_formats}" if plan.other_formats else ""
     head = f"\n{len(faults)} files left out:" if faults else ""
-    return head + "".join(f"\n  {one_line(f'{name}: {reason}')}" for name, reason in faults.items())
+    return others + head + "".join(f"\n  {one_line(f'{name}: {reason}')}" for name, reason in faults.items())
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

@@ -8,6 +8,7 @@ import math
 import os
 import posixpath
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
@@ -16,6 +17,10 @@ from sashimi.errors import InputError
 from sashimi.shards import SPLITS
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".mp3")
+OTHER_EXTENSIONS = (
+    ".3gp .aac .ac3 .aif .aifc .aiff .amr .ape .au .caf .m4a .m4b .mka .mp2 .mp4 .oga .opus .snd .sph .spx .tta .w64 "
+    ".wave .webm .wma .wv"
+).split()
 SPLIT_OF_FOLDER = {
     "train": "train",
     "training": "train",
@@ -84,7 +89,8 @@ def find_sources(config: SourceConfig) -> list[Source]:
     files = _search(root) if root.is_dir() else _read_list(root)
     names = sorted(files, key=natural_key)
     if not names:
-        raise InputError(f"{root}: there are no {', '.join(EXTENSIONS)} files in it: give another folder or list")
+        remedy = other_formats(config) or "give another folder or list"
+        raise InputError(f"{root}: there are no {', '.join(EXTENSIONS)} files in it: {remedy}")
     names = _with_labels(names, config)
     if config.split == "fractions":
         splits = _by_fractions(names, config)
@@ -101,6 +107,16 @@ def find_sources(config: SourceConfig) -> list[Source]:
     return [Source(files[name], name, splits[name]) for name in names]
 
 
+def other_formats(config: SourceConfig) -> str:
+    """One line about the audio files in a folder that are of other formats than those we read; "" without any."""
+    root, labels = Path(config.source), config.label_names
+    files = [path for path in _walk(root) if not labels or path.parent.name in labels] if root.is_dir() else []
+    found = Counter(path.suffix.lower() for path in files if path.suffix.lower() in OTHER_EXTENSIONS)
+    counts = ", ".join(f"{extension} {count}" for extension, count in found.most_common())
+    what = f"{found.total()} files of other formats are left out ({counts}): convert them to flac or wav"
+    return what if found else ""
+
+
 def natural_key(name: str) -> tuple[list[str | int], str]:
     """Sorts "clip2" before "clip10": digits compare as numbers."""
     parts = re.split(r"([0-9]+)", name)
@@ -108,11 +124,20 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
 
 
 def _search(root: Path) -> dict[str, Path]:
-    """Audio files below a folder, by name within it; hidden files (such as the ._x.wav of macOS) and what is in hidden
-    folders (such as .Trash-1000) are not audio.
+    """Audio files below a folder, by name within it.
 
-    Links are followed, but not to a folder that they lie in. One that leads nowhere is a file that cannot be read, and
-    shall be reported. Names that are not UTF-8 are escaped.
+    A link that leads nowhere is a file that cannot be read, which shall be said. Names that are not UTF-8 are escaped.
+    """
+    return {
+        os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace"): path
+        for path in _walk(root)
+        if path.suffix.lower() in EXTENSIONS and (path.is_file() or (path.is_symlink() and not path.exists()))
+    }
+
+
+def _walk(root: Path) -> list[Path]:
+    """Files below a folder, but for hidden ones (such as the ._x.wav of macOS) and those in hidden folders (such as
+    .Trash-1000). Links are followed, but not to a folder that they lie in.
     """
 
     def stop(error: OSError) -> None:
@@ -121,17 +146,11 @@ def _search(root: Path) -> dict[str, Path]:
     paths: list[Path] = []
     above = {str(root): {os.path.realpath(root)}}  # of each folder on the way: itself and those that it lies in
     for folder, inner, names in os.walk(root, onerror=stop, followlinks=True):
-        paths += [Path(folder) / name for name in names]
+        paths += [Path(folder) / name for name in names if not name.startswith(".")]
         real = {name: os.path.realpath(os.path.join(folder, name)) for name in inner if not name.startswith(".")}
         inner[:] = [name for name in real if real[name] not in above[folder]]
         above |= {os.path.join(folder, name): above[folder] | {real[name]} for name in inner}
-    return {
-        os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace"): path
-        for path in paths
-        if path.suffix.lower() in EXTENSIONS
-        and not path.name.startswith(".")
-        and (path.is_file() or (path.is_symlink() and not path.exists()))
-    }
+    return paths
 
 
 def _read_list(path: Path) -> dict[str, Path]:
