@@ -339,6 +339,27 @@ def test_shipped_corpus_is_whole(check: Callable[..., tuple[int, str]]) -> None:
     assert code == 0, printed
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_sources_that_were_changed_after_packing_are_told(
+    tmp_path: Path, corpus: Path, make: Callable[..., str], listed: bool
+) -> None:
+    """Though their headers are as they were; only then. Mutations: `changed[1] > packed` -> `False`, or `True`."""
+    names = sorted(str(path.relative_to(tmp_path)) for path in corpus.rglob("*.*"))
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    arguments = (tmp_path / "list.txt" if listed else corpus, "--out", tmp_path / "out", "--processes", 1)
+    complete = f"{tmp_path / 'out'} was complete already"
+    assert complete not in make(*arguments)
+    assert make(*arguments).endswith(f"{complete}; to pack it anew, delete it\n")
+    before = contents(tmp_path / "out")
+    later = (tmp_path / "out/manifest.json").stat().st_mtime_ns + 10**9
+    for name in ("speaker7/take 30.ogg", "speaker2/take 8.wav"):
+        os.utime(corpus / name, ns=(later, later))
+    name = f"{'corpus/' if listed else ''}speaker2/take 8.wav"
+    newer = f"; 2 files are newer than it, such as {name}; to pack it anew, delete it\n"
+    assert make(*arguments).endswith(complete + newer)
+    assert contents(tmp_path / "out") == before
+
+
 def test_other_settings_need_another_folder(
     tmp_path: Path, corpus: Path, make: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

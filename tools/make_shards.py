@@ -6,8 +6,8 @@ SOURCE is a folder of wav, flac, ogg or mp3 files, or a list of them. After a ki
 import sys
 
 from sashimi.distributed import run_command
-from sashimi.errors import InputError
-from sashimi.packing.pack import PackConfig, is_packed, make_plan, pack, refuse_bad_headers
+from sashimi.errors import InputError, one_line
+from sashimi.packing.pack import PackConfig, is_packed, make_plan, newer_sources, pack, refuse_bad_headers
 from sashimi.packing.report import manifest_report, plan_report
 from sashimi.parsing import parse
 
@@ -27,7 +27,9 @@ def main() -> None:
         raise InputError("interrupted: the same command goes on from here") from None
     print(manifest_report(manifest, plan))
     if packed_before:
-        print(f"{config.out} was complete already; to pack it anew, delete it")
+        newer = newer_sources(config, plan)
+        changed = f"; {len(newer)} files are newer than it, such as {one_line(newer[0])}" if newer else ""
+        print(f"{config.out} was complete already{changed}; to pack it anew, delete it")
 
 
 if __name__ == "__main__":

@@ -166,6 +166,13 @@ def is_packed(config: PackConfig) -> bool:
     return (Path(config.out) / MANIFEST).exists()
 
 
+def newer_sources(config: PackConfig, plan: Plan) -> list[str]:
+    """Names of the sources that were changed after OUT was packed to the end."""
+    packed = (Path(config.out) / MANIFEST).stat().st_mtime_ns
+    files = {r.source.name: _changed(r.source.path) for shard in plan.shards for r in shard.recordings}
+    return [name for name, changed in files.items() if changed and changed[1] > packed]
+
+
 def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
     """Packs what is not packed yet and returns the manifest; its "faults" are the files that were left out.
 
