@@ -114,15 +114,17 @@ def test_16_bit_mono_is_packed_exactly(tmp_path: Path, make: Callable[..., str])
 
 
 def test_manifest_states_what_was_done(tmp_path: Path, make: Callable[..., str]) -> None:
-    """Settings, processing, versions, clipped samples. Mutation: drop `outcome.clipped_samples += clipped`."""
+    """Settings, processing, versions, clipped samples. Mutations: `+= clipped` -> `= clipped`; `max` -> `min`."""
     loud = np.array([0.5, 1.5, -2.0, 0.25] * 1000, np.float32)
     for number in range(3):
         (tmp_path / "in").mkdir(exist_ok=True)
-        sf.write(tmp_path / f"in/{number}.wav", loud, RATE, "FLOAT")
-    printed = make(tmp_path / "in", "--out", tmp_path / "out", "--fractions", "[100,0,0]")
-    assert "6,000 samples were louder than full scale and are clipped" in printed
+        sf.write(tmp_path / f"in/{number}.wav", np.tile(loud, 1 + number % 2), RATE, "FLOAT")
+    arguments = (tmp_path / "in", "--out", tmp_path / "out", "--fractions", "[100,0,0]", "--shard-megabytes", 0.03)
+    printed = make(*arguments)
+    assert "8,000 samples were louder than full scale and are clipped, most of one file in 1.wav\n" in printed
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
-    assert manifest["clipped_samples"] == 3 * 2000
+    assert manifest["clipped_samples"] == 4 * 2000
+    assert "most_clipped" not in manifest
     assert manifest["settings"]["fractions"] == [100, 0, 0]
     assert {"mix-down", "resampling", "rounding", "clipping"} <= set(manifest["processing"])
     assert manifest["packages"]["soundfile"] == sf.__version__

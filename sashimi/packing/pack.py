@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,6 +177,8 @@ def newer_sources(config: PackConfig, plan: Plan) -> list[str]:
 def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
     """Packs what is not packed yet and returns the manifest; its "faults" are the files that were left out.
 
+    If it packed any now, "most_clipped" names the file with most clipped samples; that is not in the written manifest.
+
     As long as packing is not done, files may be mended, added or removed in between: what that changes is packed anew.
     InputError if OUT holds other shards, the disk is full, every file of a split is bad or, if strict, any file is.
     Whatever ends it, no part of a shard has a shard's name, and the same call goes on from there.
@@ -209,7 +212,8 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
         with ThreadPoolExecutor() as pool:
             manifest = seal(out, about, pool.map)
         shutil.rmtree(state)
-    return manifest
+    worst = max((outcome.get("most_clipped", (0, "")) for outcome in outcomes), key=itemgetter(0))
+    return manifest | {"most_clipped": worst[1]}
 
 
 def _refuse_others(out: Path, own: Any, these: str) -> None:
@@ -293,6 +297,8 @@ class Outcome:
 
     faults: dict[str, str] = field(default_factory=dict)
     clipped_samples: int = 0
+    most_clipped: tuple[int, str] = (0, "")
+    """Clipped samples of the file that has most, and its name."""
 
 
 def pack_shard(config: PackConfig, shard: Shard, report: Callable[[int], None]) -> None:
@@ -334,6 +340,7 @@ def _blocks(recording: Recording, sample_rate: int, outcome: Outcome) -> Iterato
         cancel = _channels_cancel(path, recording.header.channels, sample_rate)
         raise AudioFault(path, "silent when mixed down: its channels cancel" if cancel else "silent")
     outcome.clipped_samples += clipped
+    outcome.most_clipped = max(outcome.most_clipped, (clipped, recording.source.name), key=itemgetter(0))
 
 
 def _channels_cancel(path: Path, channels: int, sample_rate: int) -> bool:

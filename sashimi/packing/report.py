@@ -33,6 +33,8 @@ def manifest_report(manifest: Mapping[str, Any], plan: Plan) -> str:
     head = ["split", "shards", "recordings", "clips", "hours", "MB"]
     clipped = manifest.get("clipped_samples", 0)
     loud = f"\n{clipped:,} samples were louder than full scale and are clipped" if clipped else ""
+    if loud and manifest.get("most_clipped"):
+        loud += f", most of one file in {one_line(manifest['most_clipped'])}"
     return _table(head, rows) + loud + _left_out(manifest.get("faults", {}), plan)
 
 
