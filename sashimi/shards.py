@@ -173,18 +173,31 @@ def scan_shard(path: Path) -> ShardScan:
 
 
 def rebuild(folder: Path) -> dict[str, Any]:
-    """Seals a folder anew from its tars. What a readable manifest says of how it was packed is kept."""
+    """Seals a folder anew from its tars. What a readable manifest says of how it was packed is kept.
+
+    InputError if shards are damaged, or missing: by such a manifest, or because packing is not done.
+    """
     if not any(folder.glob("*.tar")):
         raise InputError(f"{folder}: there are no shards in it to make an index from")
+    if (folder / STATE).exists() and not (folder / MANIFEST).exists():
+        make = f"python tools/make_shards.py SOURCE --out {folder}"
+        raise InputError(f"{folder}: packing did not finish, so shards are missing: run `{make}` again, as before")
     try:
         old = read_manifest(folder)
     except InputError:
         old = {}
+    named = [shard["name"] for split in SPLITS for shard in old["splits"][split]["shards"]] if old else []
+    if lost := [name for name in named if not (folder / name).exists()]:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise InputError(
+            f"{folder}: lacks {', '.join(lost[:3])}{more}, which its manifest lists: restore what is missing, "
+            f"or delete {folder / MANIFEST} to go on without"
+        )
     about = {key: old[key] for key in old if key not in SEALED}
     try:
         return seal(folder, about)
     except DamagedMember as damage:
-        raise InputError(f"{damage}: restore or delete this shard, then rebuild") from damage
+        raise InputError(f"{damage}: restore this shard, or delete it and {MANIFEST}, then rebuild") from damage
 
 
 def seal(

@@ -393,6 +393,18 @@ ROWS = [
     ),
     Row("check!", "nowhere", "nowhere: no such folder of shards: make it with"),
     Row("check!", "audio --rebuild-index", "audio: there are no shards in it"),
+    Row(
+        "check!",
+        "shards --rebuild-index",
+        "shards: packing did not finish, so shards are missing: run `python tools/make_shards.py SOURCE --out shards`",
+        lambda world: ((world / "shards/manifest.json").unlink(), (world / "shards/.packing").mkdir()),
+    ),
+    Row(
+        "check!",
+        "shards --rebuild-index",
+        "shards: lacks train-000001.tar, which .*: restore what is missing, or delete shards/manifest.json to go on",
+        lambda world: (world / "shards/train-000001.tar").unlink(),
+    ),
     Row("train", "--data.shards nowhere", "nowhere: no such folder of shards: make it with"),
     Row("train", "--data.shards audio", "audio: is not a folder of shards: make one .* `.*make_shards.py audio --out"),
     Row("train", "--data.shards .", r"\.: is not a folder of shards, but has some in it: give shards, say"),

@@ -284,6 +284,22 @@ def test_index_is_rebuilt_from_the_tars(split: Split, corrupted: str) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_a_lost_shard_is_not_left_out_unasked(split: Split) -> None:
+    """Nor what packing has not made yet. Mutations: drop either check in `rebuild`, or its `not` before MANIFEST."""
+    folder = split.folder
+    (folder / ".packing").mkdir()  # as a kill at the very end leaves it: all is there
+    rebuild(folder)
+    (folder / "train-000001.tar").unlink()
+    with pytest.raises(InputError, match=r"lacks train-000001\.tar, which"):
+        rebuild(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"packing did not finish, .*run `python tools/make_shards.py SOURCE"):
+        rebuild(folder)
+    (folder / ".packing").rmdir()
+    assert len(rebuild(folder)["splits"]["train"]["shards"]) == 2
+    assert open_split(folder, "train").n_recordings == len(LENGTHS) - 3
+
+
 def test_verify_compares_index_and_tars(split: Split) -> None:
     """An index of other shards, a stray shard, a missing chunk. Mutation: drop any of these checks in `verify`."""
     path = split.folder / "train.npy"
