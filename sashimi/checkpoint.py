@@ -10,6 +10,7 @@ Each is a model folder, see `model_folder`. Nothing here is ever unpickled: zero
 that goes on. One process writes, after all have written theirs under ZeRO; any number may read.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -112,13 +113,13 @@ def rewind(folder: Path, step: int, log: Callable[[str], None]) -> None:
     """Before a run goes on from `step`: rename its later checkpoints to step-XXXXXXXX.abandoned, and log that.
 
     Otherwise `--resume auto` and `prune` would take the abandoned branch, or a damaged folder, for the newest state.
+    What was set aside before stays: where there is such a name, it is .abandoned-2, and so on.
     """
     for later, path in checkpoints_of(folder):
         if later > step:
-            abandoned = path.with_name(f"{path.name}.abandoned")
-            if abandoned.exists():
-                atomic.remove_folder(abandoned)
-            path.rename(abandoned)
+            names = itertools.chain(("abandoned",), (f"abandoned-{n}" for n in itertools.count(2)))
+            free = (place for name in names if not (place := path.with_name(f"{path.name}.{name}")).exists())
+            abandoned = path.rename(next(free))
             log(f"going on from step {step}: {path} is now {abandoned.name}")
     best = folder.parent / "best.json"
     if (best_step(folder.parent) or 0) > step:

@@ -175,7 +175,8 @@ def test_a_path_is_taken_or_refused(tmp_path: Path, spoil: Any) -> None:
 def test_going_back_abandons_what_came_later(tmp_path: Path) -> None:
     """Law 14. After a resume from step 5, neither "auto" nor `prune` may take step 9 for the newest; nothing is lost.
 
-    Mutation: skip `rewind`; the newer branch then outlives the checkpoints of the run that goes on.
+    Nor is it when the same steps are left again. Mutations: skip `rewind`; the newer branch then outlives the
+    checkpoints of the run that goes on. In `rewind`, `next(free)` -> the first name; `count(2)` -> `count(3)`.
     """
     lines: list[str] = []
     folder = tmp_path / "checkpoints"
@@ -190,9 +191,13 @@ def test_going_back_abandons_what_came_later(tmp_path: Path) -> None:
     save(folder, 6)
     checkpoint.prune(folder, 1, None)
     assert checkpoint.find_resume(folder, "auto", silent) == folder / "step-00000006"
-    save(folder, 7)
-    checkpoint.rewind(folder, 6, silent)
-    assert checkpoint.load_checkpoint(folder / "step-00000007.abandoned").step == 7
+    for branch in (1, 2):
+        save(folder, 7, ema={"b": torch.tensor(branch)})
+        checkpoint.rewind(folder, 6, lines.append)
+    checkpoint.prune(folder, 1, None)
+    left = [checkpoint.load_checkpoint(path).ema for path in sorted(folder.glob("step-00000007.abandoned*"))]
+    assert [None if ema is None else int(ema["b"]) for ema in left] == [None, 1, 2]
+    assert lines[-1].endswith("step-00000007 is now step-00000007.abandoned-3")
 
 
 def test_rewind_keeps_an_earlier_best(tmp_path: Path) -> None:
