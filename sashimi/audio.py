@@ -257,6 +257,11 @@ def to_int16(audio: np.ndarray) -> np.ndarray:
     return np.rint(audio * 32768).clip(-32768, 32767).astype(np.int16)
 
 
+def wav_bytes(samples: int) -> int:
+    """Size of a file by `write_wav`."""
+    return 44 + 2 * samples  # a canonical header: RIFF, fmt, data
+
+
 def write_wav(path: str | Path, audio: Tensor, sample_rate: int) -> None:
     """Writes float audio (samples,) in [-1, 1] as a 16-bit wav, whole or not at all.
 

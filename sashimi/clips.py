@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sashimi import atomic
-from sashimi.audio import AudioConfig, Quantizer, iter_audio, read_header, write_wav
+from sashimi.audio import AudioConfig, Quantizer, iter_audio, read_header, wav_bytes, write_wav
 from sashimi.errors import InputError
 from sashimi.model import Sashimi
 from sashimi.sampler import Drawing, Generator, batches_of, make_engine
@@ -129,7 +129,7 @@ def sample_to_folder(
     (folder / PARTS).mkdir(parents=True, exist_ok=True)
     if rank == 0:
         atomic.write_json(folder / "settings.json", settings)
-    finished = read_finished(folder)
+    finished = read_finished(folder, settings)
     missing = [clip for clip in range(config.clips) if clip not in finished]
     barrier()  # nobody adds a clip before everybody has seen which are missing
     agree(folder, own)  # in a new folder, with rank 0: another machine may have another engine
@@ -158,7 +158,7 @@ def sample_to_folder(
     summary = None
     if rank == 0:
         rate = len(missing) * n_samples / (time.perf_counter() - began)
-        clips_there, kept = collect(folder, missing, config.keep_likelihood)
+        clips_there, kept = collect(folder, missing, settings, config.keep_likelihood)
         summary = Summary(clips_there, len(missing), kept, rate)
     barrier()
     return summary
@@ -234,12 +234,12 @@ def agree(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
             )
         return settings
     own = atomic.read_json(folder / "settings.json")
-    read_finished(folder)  # for its error, before anything is written
     names = [name for name in own.keys() | settings.keys() if name not in _PROVENANCE]
     differing = sorted(name for name in names if own.get(name) != settings.get(name))
     if differing:
         listed = ", ".join(f"{_shown(own, name)} (now {_shown(settings, name)})" for name in differing)
         raise InputError(f"{folder}: its clips have {listed}; give another folder with --out, or the same settings")
+    read_finished(folder, own)  # for its error, before anything is written
     return own
 
 
@@ -259,8 +259,9 @@ def write_clip(folder: Path, clip: int, sound: Tensor, bits: float, settings: di
     atomic.write_file(folder / PARTS / f"{name}.jsonl", to_lines([line]))
 
 
-def read_finished(folder: Path) -> dict[int, dict[str, Any]]:
-    """The lines of the finished clips by number, in order."""
+def read_finished(folder: Path, settings: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The lines of the finished clips by number, in order. A clip whose wav has another length is not finished."""
+    n_samples = settings["prompt_samples"] + round(settings["seconds"] * settings["audio"]["sample_rate"])
     lines = {}
     for file in (folder / "samples.jsonl", *(folder / PARTS).glob("clip-*.jsonl")):
         try:
@@ -268,16 +269,19 @@ def read_finished(folder: Path) -> dict[int, dict[str, Any]]:
             for line in found:
                 if line["file"] != f"clip-{line['clip']:05d}.wav" or not math.isfinite(line["bits_per_sample"]):
                     raise ValueError(f"clip {line['clip']} is called {line['file']}")
-                if (folder / line["file"]).exists():
+                wav = folder / line["file"]
+                if wav.exists() and wav.stat().st_size == wav_bytes(n_samples):
                     lines[line["clip"]] = line
         except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
             raise InputError(f"{file}: not as it was written ({error}); delete it to make its clips again") from None
     return dict(sorted(lines.items()))
 
 
-def collect(folder: Path, new_clips: Sequence[int], likelihood: tuple[float, float] | None) -> tuple[int, int | None]:
+def collect(
+    folder: Path, new_clips: Sequence[int], settings: dict[str, Any], likelihood: tuple[float, float] | None
+) -> tuple[int, int | None]:
     """When all ranks are done: write samples.jsonl and kept.jsonl. -> clips in the folder, clips kept."""
-    lines = read_finished(folder)
+    lines = read_finished(folder, settings)
     if unseen := [clip for clip in new_clips if clip not in lines]:
         raise InputError(
             f"{folder}: {len(unseen)} new clips are not there, such as {unseen[0]}; "

@@ -135,15 +135,20 @@ def test_interrupted_sampling_ends_with_the_same_files(
 
 
 def test_a_missing_wav_is_made_again(model: Sashimi, tmp_path: Path) -> None:
-    """Law 17 at other moments: a wav lost later, one whose line was not written any more, a torn file beside them.
+    """Law 17 at other moments: a wav lost later, or cut, one whose line was not written any more, a torn file beside.
 
-    Mutation: `read_finished` does not look whether the wav exists.
+    Mutations: `read_finished` does not look whether the wav exists, or how large it is.
     """
     folder = tmp_path / "clips"
     sample(model, folder)
     whole = files(folder)
     (folder / "clip-00003.wav").unlink()
     assert sample(model, folder).new_clips == 1
+    assert files(folder) == whole
+
+    (folder / "clip-00001.wav").write_bytes(whole["clip-00001.wav"][:-2])
+    (folder / "clip-00002.wav").write_bytes(b"")
+    assert sample(model, folder).new_clips == 2
     assert files(folder) == whole
 
     (folder / "samples.jsonl").unlink()
@@ -186,7 +191,9 @@ def test_other_settings_do_not_mix(model: Sashimi, tmp_path: Path, change: dict)
 
 
 def test_other_models_and_prompts_do_not_mix(model: Sashimi, prompt_file: Path, tmp_path: Path) -> None:
-    """Their contents count, not their names. Mutations: leave model_sha256 or prompt_sha256 out of `settings_of`."""
+    """Their contents count, not their names. Mutations: leave model_sha256 or prompt_sha256 out of `settings_of`; in
+    `read_finished`, leave out prompt_samples.
+    """
     folder = tmp_path / "clips"
     config = replace(FIVE, prompt=str(prompt_file))
     sample(model, folder, config)

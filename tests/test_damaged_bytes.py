@@ -30,6 +30,7 @@ from sashimi.split import open_split
 
 RATE = 8000
 MODEL = ModelConfig(d_model=4, n_layers=1, pool=(2,), d_state=4)
+CLIPS = {"seed": 0, "seconds": 0.001, "model": "m", "audio": parsing.to_dict(AudioConfig(RATE)), "prompt_samples": 0}
 Edit = tuple[str, float, int]
 
 EDITS = st.lists(
@@ -111,7 +112,7 @@ READERS = {
         "model/config.json", lambda f: (load_model(f / "model"), read_audio_config(f / "model")), False
     ),
     "unchecked weights": Reader("model/model.safetensors", lambda f: load_model(f / "model"), False),
-    "clips' lines": Reader("clips/samples.jsonl", lambda f: read_finished(f / "clips"), False),
+    "clips' lines": Reader("clips/samples.jsonl", lambda f: read_finished(f / "clips", CLIPS), False),
     "yaml": Reader("config.yaml", lambda f: parse_run_config(["--config", str(f / "config.yaml")]), False),
     "wav": Reader("in/a.wav", lambda f: read_audio(f / "in/a.wav", RATE), False),
     "flac": Reader("in/b.flac", lambda f: read_audio(f / "in/b.flac", RATE), False),
@@ -138,10 +139,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sf.write(folder / "in" / name, rng.normal(0, 0.1, 500), RATE)
     (folder / "list.txt").write_text("in/a.wav\nin/b.flac\n")
     (folder / "clips/.parts").mkdir(parents=True)
-    settings = {"seed": 0, "seconds": 0.1, "model": "m", "audio": audio}
     for clip in range(2):
-        write_clip(folder / "clips", clip, torch.zeros(8), 3.5, settings)
-    (folder / "clips/samples.jsonl").write_bytes(to_lines(read_finished(folder / "clips").values()))
+        write_clip(folder / "clips", clip, torch.zeros(8), 3.5, CLIPS)
+    lines = read_finished(folder / "clips", CLIPS)
+    assert len(lines) == 2
+    (folder / "clips/samples.jsonl").write_bytes(to_lines(lines.values()))
     shutil.rmtree(folder / "clips/.parts")
     return folder
 
