@@ -26,6 +26,7 @@ from sashimi.native.engine import Native
 
 _BLOCK = 512  # samples an engine is asked for at a time, about
 _UNIT = 1 << 52  # probability 1 as an integer
+LEAST_TEMPERATURE, LEAST_TOP_P = 1e-6, 1e-9  # far less is a denormal number, or makes one, and so is nothing
 
 EngineName = Literal["auto", "graph", "compiled", "native", "plain"]
 
@@ -131,14 +132,15 @@ class Drawing:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64:
             raise InputError(f"seed={self.seed}: must be from 0 to 2^64 - 1")
-        if not 0 < self.temperature < float("inf"):
+        if not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise InputError(
-                f"temperature={self.temperature}: must be above 0; top_k=1 always takes the likeliest level"
+                f"temperature={self.temperature}: must be at least {LEAST_TEMPERATURE}, and finite; "
+                "top_k=1 always takes the likeliest level"
             )
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"top_k={self.top_k}: must be at least 1; leave it out to draw from all levels")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: must be above 0 and at most 1, which draws from all levels")
+        if not LEAST_TOP_P <= self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p}: must be {LEAST_TOP_P} to 1, which draws from all levels")
         if not 1 <= self.batch_size <= 1 << 20:
             raise InputError(f"batch_size={self.batch_size}: must be 1 to {1 << 20}")
         if self.engine not in get_args(EngineName):

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from sashimi.errors import InputError
 from sashimi.model import ModelConfig, Sashimi, SashimiState
-from sashimi.sampler import Drawing, Generator, Plain, draw, generate, make_engine, uniforms
+from sashimi.sampler import (
+    LEAST_TEMPERATURE,
+    LEAST_TOP_P,
+    Drawing,
+    Generator,
+    Plain,
+    draw,
+    generate,
+    make_engine,
+    uniforms,
+)
 
 LEVELS = 32
 
@@ -105,6 +115,15 @@ def test_truncation_keeps_the_likeliest(settings: dict[str, float], left: set[in
     probs = torch.tensor([1 / 2, 1 / 4, 1 / 16, 3 / 32, 3 / 32], dtype=torch.float64)
     kept = torch.tensor([p if i in left else 0.0 for i, p in enumerate(probs.tolist())])
     assert torch.allclose(shares(probs.log(), **settings), kept / kept.sum(), rtol=0, atol=1.001e-4)
+
+
+@pytest.mark.parametrize("engine", ["plain", "native", "graph"])
+def test_the_least_of_a_setting_leaves_the_likeliest(engine: str) -> None:
+    """Denormal numbers being none. Mutation: bounds of 1e-310, which every draw takes for 0."""
+    model = tiny()
+    likeliest = generate(model, 40, clips=range(2), top_k=1, engine=engine)
+    for least in ({"temperature": LEAST_TEMPERATURE}, {"top_p": LEAST_TOP_P}):
+        assert torch.equal(generate(model, 40, clips=range(2), engine=engine, **least), likeliest)
 
 
 def test_nats_are_the_models_own() -> None:
@@ -287,10 +306,12 @@ def test_progress_counts_samples() -> None:
         ({"clips": [-1]}, "clips="),
         ({"seed": -1}, "seed=-1"),
         ({"temperature": 0.0}, "temperature=0"),
+        ({"temperature": 1e-310}, "temperature=1e-310"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"top_k": 0}, "top_k=0"),
         ({"top_k": LEVELS + 1}, f"top_k={LEVELS + 1}.*{LEVELS} levels"),
         ({"top_p": 0.0}, "top_p=0"),
+        ({"top_p": 1e-310}, "top_p=1e-310"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"prompt": torch.tensor([LEVELS])}, "prompt"),
