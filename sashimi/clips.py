@@ -62,8 +62,11 @@ class SampleConfig(Drawing):
             raise InputError(
                 f"prompt_seconds={self.prompt_seconds}: there is no prompt; name its audio file with --prompt"
             )
-        if self.prompt_seconds is not None and not 0 < self.prompt_seconds < math.inf:
-            raise InputError(f"prompt_seconds={self.prompt_seconds}: must be above 0; leave it out for the whole file")
+        if self.prompt_seconds is not None and not 0 < self.prompt_seconds <= 86400:
+            raise InputError(
+                f"prompt_seconds={self.prompt_seconds}: must be above 0 and at most 86400, a day; "
+                "leave it out for the whole file"
+            )
         if self.keep_likelihood is not None:
             low, high = self.keep_likelihood
             if not 0 <= low < high <= 1:
@@ -272,7 +275,7 @@ def read_finished(folder: Path, settings: dict[str, Any]) -> dict[int, dict[str,
                 wav = folder / line["file"]
                 if wav.exists() and wav.stat().st_size == wav_bytes(n_samples):
                     lines[line["clip"]] = line
-        except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError) as error:
             raise InputError(f"{file}: not as it was written ({error}); delete it to make its clips again") from None
     return dict(sorted(lines.items()))
 

@@ -443,6 +443,9 @@ ROWS = [
     Row("sample", "--keep-likelihood 0.9 0.4", "keep_likelihood=0.9 0.4: need 0 <= low < high <= 1"),
     Row("sample", "--prompt-seconds 1", "prompt_seconds=1.0: there is no prompt"),
     Row("sample", "--prompt-seconds -1 --prompt a.wav", "prompt_seconds=-1.0: must be above 0"),
+    Row(
+        "sample", "--prompt-seconds 1e308 --prompt a.wav", "prompt_seconds=1e[+]308: must be above 0 and at most 86400"
+    ),
     Row("sample", "--resample-prompt", "resample_prompt: there is no prompt; name its audio file with --prompt"),
     Row("make", "--sample-rate 0", "sample_rate=0: choose from 1"),
     Row("make", "--chunk-seconds 0", "chunk_seconds=0.0: choose from 0.1"),
@@ -639,6 +642,14 @@ ROWS = [
         "",
         "clips/samples.jsonl: not as it was written",
         made_clips(write("samples.jsonl", '{"clip": 0, "file": "../model/config.json", "bits_per_sample": 1}\n')),
+    ),
+    Row(
+        "sample",
+        "",
+        "clips/samples.jsonl: not as it was written",
+        made_clips(
+            write("samples.jsonl", '{"clip": 0, "file": "clip-00000.wav", "bits_per_sample": 1%s}\n' % ("0" * 400))
+        ),
     ),
     # ---- checkpoints of other code
     Row("import!", "missing.pt --out imported", "missing.pt: no such file"),
