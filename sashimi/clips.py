@@ -9,12 +9,16 @@ Bits per sample are of the new audio alone, under the model as it is, whatever t
 its wav and then its line are written; until all ranks are done, lines are in .parts/, a file a clip.
 """
 
+import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +33,8 @@ from sashimi.errors import InputError
 from sashimi.model import Sashimi
 from sashimi.sampler import Drawing, Generator, batches_of, make_engine
 
-PARTS = ".parts"  # folder of finished clips' lines while a command runs
+LOCK = ".lock"  # locked by rank 0 while a command runs
+PARTS = ".parts"  # folder of finished clips' lines meanwhile
 _PROVENANCE = ("model", "prompt")  # settings that only say where something came from; checksums say what it is
 
 
@@ -111,7 +116,7 @@ def sample_to_folder(
 
     Repeating a command that was cut short completes it, and the files are then the same. `model_name` tells a reader
     where the model comes from. InputError, before anything is written, if a setting does not fit the model, the prompt
-    cannot be used, or the folder holds clips of other settings or anything else.
+    cannot be used, the folder holds clips of other settings or anything else, or another command is at work there.
     """
     if model.config.levels != 1 << audio.bits:
         raise InputError(f"{model_name}: has {model.config.levels} levels, but its audio {audio.bits} bits")
@@ -125,44 +130,45 @@ def sample_to_folder(
         prompt = quantizer.encode(sound)
     engine = make_engine(model, config)
     own = settings_of(model, model_name, audio, config, prompt, engine.name)
-    settings = agree(folder, own)
+    agree(folder, own)
     generator = Generator(model, config, engine, prompt)
     barrier()
 
-    (folder / PARTS).mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        atomic.write_json(folder / "settings.json", settings)
-    finished = read_finished(folder, settings)
-    missing = [clip for clip in range(config.clips) if clip not in finished]
-    barrier()  # nobody adds a clip before everybody has seen which are missing
-    agree(folder, own)  # in a new folder, with rank 0: another machine may have another engine
+    with alone_in(folder) if rank == 0 else nullcontext():
+        (folder / PARTS).mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            atomic.write_json(folder / "settings.json", agree(folder, own))
+        finished = read_finished(folder, own)
+        missing = [clip for clip in range(config.clips) if clip not in finished]
+        barrier()  # nobody adds a clip before everybody has seen which are missing
+        settings = agree(folder, own)  # in a new folder, with rank 0: another machine may have another engine
 
-    work = batches_of(missing, config.batch_size)[rank::world_size]
-    began, steps, there = time.perf_counter(), 0, len(finished)
+        work = batches_of(missing, config.batch_size)[rank::world_size]
+        began, steps, there = time.perf_counter(), 0, len(finished)
 
-    def report(new_steps: int) -> None:
-        nonlocal steps
-        steps += new_steps
-        done = steps / (len(work) * n_samples)
-        rate = done * len(missing) * n_samples / (time.perf_counter() - began)
-        on_progress(Progress(done, there, rate))
+        def report(new_steps: int) -> None:
+            nonlocal steps
+            steps += new_steps
+            done = steps / (len(work) * n_samples)
+            rate = done * len(missing) * n_samples / (time.perf_counter() - began)
+            on_progress(Progress(done, there, rate))
 
-    for batch, clips in work:
-        ids, nats = generator.batch(batch, n_samples, report)
-        for clip in clips:
-            row = clip % config.batch_size
-            whole = quantizer.decode(torch.cat((prompt, ids[row])))
-            bits = float(nats[row].numpy().mean()) / math.log(2)  # torch would split the sum by its number of threads
-            write_clip(folder, clip, whole, bits, settings)
-        there = len(list(folder.glob("clip-*.wav")))
-        report(0)
-    barrier()
+        for batch, clips in work:
+            ids, nats = generator.batch(batch, n_samples, report)
+            for clip in clips:
+                row = clip % config.batch_size
+                whole = quantizer.decode(torch.cat((prompt, ids[row])))
+                bits = float(nats[row].numpy().mean()) / math.log(2)  # torch would split the sum by its threads
+                write_clip(folder, clip, whole, bits, settings)
+            there = len(list(folder.glob("clip-*.wav")))
+            report(0)
+        barrier()
 
-    summary = None
-    if rank == 0:
-        rate = len(missing) * n_samples / (time.perf_counter() - began)
-        clips_there, kept = collect(folder, missing, settings, config.keep_likelihood)
-        summary = Summary(clips_there, len(missing), kept, rate)
+        summary = None
+        if rank == 0:
+            rate = len(missing) * n_samples / (time.perf_counter() - began)
+            clips_there, kept = collect(folder, missing, settings, config.keep_likelihood)
+            summary = Summary(clips_there, len(missing), kept, rate)
     barrier()
     return summary
 
@@ -221,6 +227,30 @@ def settings_of(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": str(torch.__version__),
     }
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within: no other process samples into `folder`, which is made. InputError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(file.fileno()).st_nlink == 0  # whoever had it has just removed it
+        except (BlockingIOError, PermissionError):
+            taken = True
+        except OSError as error:  # some clusters' storage
+            taken = False
+            warnings.warn(
+                f"{folder}: cannot be locked ({error.strerror}); see to it that no other process samples into it",
+                stacklevel=1,
+            )
+        if taken:
+            raise InputError(f"{folder}: another process samples into it; wait for it, or give another --out")
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def agree(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,18 +1,24 @@
 """Folders of clips: the same files for any ranks and interruptions, and one line for whatever cannot be."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, launch
+from conftest import command, contents, launch
 
 from sashimi.audio import AudioConfig, Quantizer, read_audio, write_wav
 from sashimi.clips import Progress, SampleConfig, Summary, keep_likelihood, sample_to_folder
@@ -81,28 +87,33 @@ def lines(folder: Path, name: str = "samples.jsonl") -> list[dict]:
 # --- laws 16 and 17
 
 
-def test_ranks_do_not_mix_engines(model: Sashimi, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_do_not_mix_engines(model: Sashimi, tmp_path: Path, rank: int) -> None:
     """Law 16: in a folder that is new to both, a machine that has another engine than rank 0 stops.
 
-    Mutation: no `agree` after the second barrier.
+    And so does rank 0, if another command has made the folder its own before it was locked.
+    Mutations: no `agree` after the second barrier; or none behind the lock.
     """
     sample(model, tmp_path / "plain", replace(FIVE, engine="plain"))
     folder, settings = tmp_path / "new", (tmp_path / "plain/settings.json").read_bytes()
     waits = []
 
     def wait() -> None:
-        waits.append((folder / "settings.json").exists())
-        if len(waits) == 2:
-            (folder / "settings.json").write_bytes(settings)  # rank 0's
+        waits.append(rank)
+        if len(waits) == rank + 1:
+            folder.mkdir(exist_ok=True)
+            (folder / "settings.json").write_bytes(settings)
 
     with pytest.raises(InputError, match="engine"):
-        sample_to_folder(model, "model", AUDIO, folder, replace(FIVE, engine="native"), 1, 2, wait)
+        sample_to_folder(model, "model", AUDIO, folder, replace(FIVE, engine="native"), rank, 2, wait)
     assert not list(folder.glob("*.wav"))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_makes_the_same_folder(model: Sashimi, tmp_path: Path, ranks: int) -> None:
-    """Law 16. Mutations: in `missing`, `range(rank, config.clips)`; no barrier before the work, or none after it."""
+    """Law 16. Mutations: in `missing`, `range(rank, config.clips)`; no barrier before the work, or none after it;
+    no `unlink` in `alone_in`.
+    """
     sample(model, tmp_path / "one")
     summary = sample(model, tmp_path / "many", ranks=ranks)
     assert summary.clips == summary.new_clips == 5
@@ -168,6 +179,50 @@ def test_a_folder_can_be_continued_with_more_clips(model: Sashimi, tmp_path: Pat
     assert sample(model, tmp_path / "grown").new_clips == 2
     assert sample(model, tmp_path / "grown", replace(FIVE, clips=1))[:2] == (5, 0)
     assert files(tmp_path / "grown") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_one_command_at_a_time(model: Sashimi, tmp_path: Path, there: bool) -> None:
+    """In a new folder or an old one: the other one is refused and touches nothing, then goes on.
+
+    Mutations: no `lockf` in `alone_in`; open the file with "w".
+    """
+    folder = tmp_path / "clips"
+    if there:
+        sample(model, folder, replace(FIVE, clips=3))
+    folder.mkdir(exist_ok=True)
+    lock = "import fcntl; file = open('.lock', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", lock], cwd=folder, stdin=PIPE, stdout=PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        other.stdout.readline()
+        before = contents(folder)
+        with pytest.raises(InputError, match=f"^{folder}: another process samples into it; wait for it, or give"):
+            sample(model, folder)
+        assert contents(folder) == before
+        other.stdin.close()
+    sample(model, folder)
+    sample(model, tmp_path / "whole")
+    assert files(folder) == files(tmp_path / "whole")
+
+
+def test_a_lock_that_its_owner_removes_is_none(model: Sashimi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third command would get another one. Mutation: in `alone_in`, do not look at `st_nlink`."""
+    folder = tmp_path / "clips"
+    monkeypatch.setattr(fcntl, "lockf", lambda file, how: (folder / ".lock").unlink())
+    with pytest.raises(InputError, match="another process samples into it"):
+        sample(model, folder)
+
+
+def test_without_locks_a_warning_must_do(model: Sashimi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some clusters' storage is. Mutation: do not catch OSError in `alone_in`."""
+
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with pytest.warns(UserWarning, match=r"clips: cannot be locked \(No locks available\); see to it that no other"):
+        assert sample(model, tmp_path / "clips").new_clips == 5
 
 
 # --- settings
@@ -304,7 +359,7 @@ def test_two_processes_write_what_one_does(
 ) -> None:
     """Laws 16 and 17 with the real command: two processes restore all but one of the wavs that one process wrote.
 
-    Mutation: `sample_to_folder` is not given the rank.
+    Mutations: `sample_to_folder` is not given the rank; every rank asks for the lock.
     """
     monkeypatch.chdir(tmp_path)
     argv = f"{model_folder} --clips 5 --seconds 0.01 --batch-size 2 --keep-likelihood 0.4 0.95".split()
