@@ -164,6 +164,14 @@ def test_a_part_that_is_not_there(call: Call) -> None:
         assert "kernel, train, generate, stream" in answer.error
 
 
+@pytest.mark.parametrize("threads", ["-1", "1025"])
+def test_threads_have_bounds(call: Call, threads: str) -> None:
+    """A hundred thousand of them would be a segmentation fault. Mutation: drop the check in `Settings`."""
+    answer = call("tools/bench.py", "kernel", "--threads", threads)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.error == f"error: threads={threads}: give 1 to 1024, or 0 for as many as are set"
+
+
 def test_projection_by_hand(call: Call) -> None:
     """4 GPUs of one node and 16 of two, with round numbers: each term of `step_time` as its docstring says.
 

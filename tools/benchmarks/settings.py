@@ -32,8 +32,8 @@ class Settings:
     """Repetitions of each figure, of which the median counts."""
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise InputError(f"threads={self.threads}: must be 0 or more")
+        if not 0 <= self.threads <= 1024:
+            raise InputError(f"threads={self.threads}: give 1 to 1024, or 0 for as many as are set")
         for name in ("length", "batch_size", "n_layers", "repetitions"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
