@@ -449,6 +449,7 @@ ROWS = [
     Row("sample", "--resample-prompt", "resample_prompt: there is no prompt; name its audio file with --prompt"),
     Row("make", "--sample-rate 0", "sample_rate=0: choose from 1"),
     Row("make", "--chunk-seconds 0", "chunk_seconds=0.0: choose from 0.1"),
+    Row("make", "--sample-rate 4 --chunk-seconds 0.1", "chunk_seconds=0.1: is less than one sample at 4 Hz"),
     Row("make", "--shard-megabytes 0", "shard_megabytes=0.0: must be more than 0"),
     Row("make", "--shard-megabytes .inf", "shard_megabytes=inf: must be finite"),
     Row("make", "--processes -1", "processes=-1: give 1 to 1024"),

@@ -73,6 +73,8 @@ class PackConfig(SourceConfig):
             raise InputError(f"sample_rate={self.sample_rate}: choose from 1 to 655350 Hz, such as 16000")
         if not 0.1 <= self.chunk_seconds <= 3600:
             raise InputError(f"chunk_seconds={self.chunk_seconds}: choose from 0.1 to 3600 seconds")
+        if round(self.chunk_seconds * self.sample_rate) < 1:
+            raise InputError(f"chunk_seconds={self.chunk_seconds}: is less than one sample at {self.sample_rate} Hz")
         if not self.shard_megabytes > 0:
             raise InputError(f"shard_megabytes={self.shard_megabytes}: must be more than 0")
         if not 0 <= self.processes <= 1024:
