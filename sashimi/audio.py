@@ -252,6 +252,16 @@ def read_audio(path: str | Path, sample_rate: int) -> Tensor:
     return torch.from_numpy(np.concatenate(list(iter_audio(Path(path), sample_rate))))
 
 
+def channels_cancel(path: Path, sample_rate: int, silence: int) -> bool:
+    """Of a file whose mean is silent, of at most `silence` steps of 16 bits: whether its channels are not."""
+    channels = read_header(path).channels
+    return channels > 1 and any(
+        len(audio) and np.ptp(audio) * 32768 > silence * channels  # else one of them could be heard alone
+        for channel in range(channels)
+        for audio in iter_audio(path, sample_rate, channel=channel)
+    )
+
+
 def to_int16(audio: np.ndarray) -> np.ndarray:
     """Float audio, full scale 1, to 16 bits: rounded to nearest, limited to the range."""
     return np.rint(audio * 32768).clip(-32768, 32767).astype(np.int16)

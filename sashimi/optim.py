@@ -139,8 +139,8 @@ def lr_factor(step: int, total_steps: int, plateau: Plateau, config: OptimConfig
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Averaged weights of `model`: call `update_parameters(model)` after each update, evaluate with `.module`.
 
-    The weights after n updates count `decay`^(updates since) each, divided by the sum of that, so that the first ones
-    are not the average of a thousand steps. Buffers are copied.
+    Each update's weights count `decay` to the power of the updates since then, divided by the sum of all these powers:
+    else those of the first update would be a third of the average after 1 / (1 - decay) of them. Buffers are copied.
     """
 
     def average(averages: Any, weights: Any, n: Any) -> None:

@@ -180,8 +180,7 @@ def rebuild(folder: Path) -> dict[str, Any]:
     if not any(folder.glob("*.tar")):
         raise InputError(f"{folder}: there are no shards in it to make an index from")
     if (folder / STATE).exists() and not (folder / MANIFEST).exists():
-        make = f"python tools/make_shards.py SOURCE --out {folder}"
-        raise InputError(f"{folder}: packing did not finish, so shards are missing: run `{make}` again, as before")
+        raise InputError(_without_manifest(folder))
     try:
         old = read_manifest(folder)
     except InputError:

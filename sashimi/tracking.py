@@ -106,8 +106,8 @@ class RunTracker(Tracker):
         self._valid = ""  # the last validation, as progress shows it
         cut_back(folder / "metrics.jsonl", start_step)
         self._metrics = (folder / "metrics.jsonl").open("a")
-        self._writer: SummaryWriter | None
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
+        purge = start_step + 1 if start_step else 0
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge)
         self._throughput = Throughput()
         self._bar = tqdm(
             total=total_steps, initial=start_step, unit="step", disable=not sys.stderr.isatty(), smoothing=0.1

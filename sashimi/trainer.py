@@ -32,7 +32,7 @@ from sashimi.stream import Batch, TrainingData
 from sashimi.tracking import Tracker
 
 _UNREADABLE = "restore the shards and go on with --resume auto"
-_KILLED = "lower data.workers or data.prefetch, if memory or /dev/shm was full, and go on with --resume auto"
+_KILLED = "if memory or /dev/shm was full, make room, or lower data.workers or data.prefetch; the same command goes on"
 _DIVERGED = "lower optim.lr or set optim.clip, and go on with --resume auto"
 
 

@@ -396,7 +396,7 @@ ROWS = [
     Row(
         "check!",
         "shards --rebuild-index",
-        "shards: packing did not finish, so shards are missing: run `python tools/make_shards.py SOURCE --out shards`",
+        "shards/manifest.json is missing, so packing did not finish: run `python tools/make_shards.py SOURCE --out",
         lambda world: ((world / "shards/manifest.json").unlink(), (world / "shards/.packing").mkdir()),
     ),
     Row(

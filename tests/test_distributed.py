@@ -217,7 +217,7 @@ def test_a_killed_loader_costs_no_step(tiny_shards: Path, tmp_path: Path, valid:
     stderr = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert re.search("error: .*a loader's worker ended unexpectedly on rank [01] [(]", stderr)
-    assert "lower data.workers or data.prefetch" in stderr
+    assert "or lower data.workers or data.prefetch; the same command goes on" in stderr
     assert_saved_at_its_end(tmp_path / "run")
 
 

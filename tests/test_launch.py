@@ -208,6 +208,22 @@ def test_readme_python_calls_what_exists() -> None:
         signature.bind(*node.args, **{keyword.arg: keyword.value for keyword in node.keywords if keyword.arg})
 
 
+def test_a_slurm_controller_is_asked_again(tmp_path: Path) -> None:
+    """One that does not answer at once does not cost the job its place. Mutation: `for _ in 1`."""
+    commands = """
+        . launch/slurm/common.sh
+        sleep() { :; }
+        scontrol() { echo "scontrol $*"; }
+        squeue() { echo >>"$ASKED" && [ "$(wc -l <"$ASKED")" -eq 3 ] && echo RUNNING; }
+        requeue
+    """
+    environment = os.environ | {"ASKED": str(tmp_path / "asked"), "SLURM_JOB_ID": "7", "MAX_RESTARTS": "1"}
+    done = subprocess.run(
+        ["bash", "-c", commands], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == ["scontrol requeue 7", "stopped by a signal, queued again"]
+
+
 def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Ctrl-C ends a command without a traceback, with the shell's exit code. Mutation: do not catch it."""
 

@@ -205,6 +205,18 @@ def test_a_full_disk_does_not_stop_the_run(
     assert steps_in(tmp_path / "runs/run/checkpoints") == [4, 12]
 
 
+def test_weights_that_an_update_spoilt_are_not_saved(
+    trainer: Callable[..., Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its loss was finite; from such a checkpoint nothing goes on. Mutation: no `spoilt` in saver.py."""
+    subject = trainer(4, save_every=1, valid_every=100, max_bad_steps=1)
+    with torch.no_grad():
+        subject.model.head.bias[7] = torch.inf
+    assert not subject.save()
+    assert "step 0 is NOT SAVED: NaN or infinity in head.bias (1 of" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_failed_last_save_is_an_error(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

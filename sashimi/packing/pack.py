@@ -26,7 +26,7 @@ import soxr
 from tqdm import tqdm
 
 from sashimi.atomic import MANIFEST, UNFINISHED, read_json, write_json
-from sashimi.audio import AudioFault, Header, iter_audio, read_header, to_int16
+from sashimi.audio import AudioFault, Header, channels_cancel, iter_audio, read_header, to_int16
 from sashimi.errors import InputError
 from sashimi.packing.parallel import run_jobs
 from sashimi.packing.sources import Source, SourceConfig, find_sources, other_formats, parent_name
@@ -339,19 +339,10 @@ def _blocks(recording: Recording, sample_rate: int, outcome: Outcome) -> Iterato
         clipped += int(np.count_nonzero(np.abs(audio) > 1))
         yield block
     if high - low <= 2 * SILENT_PEAK:
-        cancel = _channels_cancel(path, recording.header.channels, sample_rate)
+        cancel = channels_cancel(path, sample_rate, 2 * SILENT_PEAK)
         raise AudioFault(path, "silent when mixed down: its channels cancel" if cancel else "silent")
     outcome.clipped_samples += clipped
     outcome.most_clipped = max(outcome.most_clipped, (clipped, recording.source.name), key=itemgetter(0))
-
-
-def _channels_cancel(path: Path, channels: int, sample_rate: int) -> bool:
-    """Of a file whose mean is silent: whether a channel is too loud for that, if the others were silent."""
-    return channels > 1 and any(
-        len(audio) and np.ptp(audio) * 32768 > 2 * SILENT_PEAK * channels
-        for channel in range(channels)
-        for audio in iter_audio(path, sample_rate, channel=channel)
-    )
 
 
 @contextlib.contextmanager
