@@ -35,8 +35,9 @@ def parse(config_class: type[T], argv: Sequence[str], prog: str = "", descriptio
     prints every field and leaves by SystemExit(0). All other trouble is an InputError.
     """
     required = any(_is_required(field) for field in dataclasses.fields(config_class))  # type: ignore[arg-type]
-    switches, lists = _names(config_class, lambda kind: kind is bool), _names(config_class, _is_list)
-    argv = _normalized(argv, switches, lists, positional=required)
+    switches, tuples = _names(config_class, lambda kind: kind is bool), _names(config_class, _is_tuple)
+    lists = _names(config_class, lambda kind: Ellipsis in get_args(kind))
+    argv = _normalized(argv, switches, tuples, lists, positional=required)
     parser = _parser(config_class, prog, description)
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     files.add_argument("--config", action="append", default=[])
@@ -63,10 +64,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _normalized(argv: Sequence[str], switches: set[str], lists: set[str], positional: bool) -> list[str]:
+def _normalized(
+    argv: Sequence[str], switches: set[str], tuples: set[str], lists: set[str], positional: bool
+) -> list[str]:
     """["--some-field", "1", "2", "--switch"] -> ["--some_field", "[1,2]", "--switch=true"]
 
-    Where there are no positional arguments, what follows a switch is its value, be it a wrong one.
+    `lists` are the tuples of any length, for which one number is a list too. Where there are no positional arguments,
+    what follows a switch is its value, be it a wrong one.
     """
 
     def is_value(word: str) -> bool:
@@ -76,8 +80,9 @@ def _normalized(argv: Sequence[str], switches: set[str], lists: set[str], positi
     words: list[str] = []
     for numbers, group in itertools.groupby(argv, lambda word: bool(re.fullmatch(r"-?[\d.]+(e-?\d+)?", word))):
         values = list(group)
-        is_list = len(values) > 1 or (words and words[-1][2:] in lists)
-        words += [f"[{','.join(values)}]"] if numbers and is_list else values
+        name = words[-1][2:] if words else ""
+        is_list = numbers and (name in lists or (name in tuples and len(values) > 1))
+        words += [f"[{','.join(values)}]"] if is_list else values
     return [
         f"{word}=true" if word[:2] == "--" and word[2:] in switches and not is_value(after) else word
         for word, after in itertools.zip_longest(words, words[1:], fillvalue="")
@@ -95,9 +100,9 @@ def _names(config_class: Any, wanted: Callable[[Any], bool], prefix: str = "") -
     return names
 
 
-def _is_list(kind: Any) -> bool:
-    """Whether a type is a list of any number of values."""
-    return get_origin(kind) is tuple and Ellipsis in get_args(kind)
+def _is_tuple(kind: Any) -> bool:
+    """Whether a type is a tuple, or may be one."""
+    return tuple in (get_origin(kind), *map(get_origin, get_args(kind)))
 
 
 def _parser(config_class: type, prog: str = "", description: str = "") -> ArgumentParser:

@@ -15,6 +15,9 @@ import pytest
 import soundfile as sf
 from conftest import ROOT, command, recording_lengths
 
+from sashimi.packing.pack import Plan
+from sashimi.packing.report import census_report, manifest_report
+from sashimi.packing.verify import Census
 from sashimi.split import open_split
 
 RATE = 16000
@@ -111,6 +114,15 @@ def test_16_bit_mono_is_packed_exactly(tmp_path: Path, make: Callable[..., str])
     ]
     for name, audio in packed.items():
         assert np.array_equal(audio, noise(len(audio), len(audio))), name
+
+
+def test_a_split_too_short_to_judge_by_is_said() -> None:
+    """Below ten seconds. Mutations: `<=` for `<`; no `short` in what is returned; `samples` without `/ rate`."""
+    about = {"shards": [], "recordings": 1, "clips": 1, "hours": 0.0}
+    splits = {split: about | {"samples": samples} for split, samples in (("train", 1), ("valid", 78), ("test", 80))}
+    printed = manifest_report({"sample_rate": 8, "splits": splits}, Plan([], "", ""))
+    (line,) = [line for line in printed.splitlines() if "too little" in line]
+    assert line.startswith("valid has 9.8 s of audio, too little to judge a model by")
 
 
 def test_manifest_states_what_was_done(tmp_path: Path, make: Callable[..., str]) -> None:
@@ -309,6 +321,11 @@ def test_dry_run_writes_nothing(tmp_path: Path, corpus: Path, make: Callable[...
     assert sum(float(line.split()[4]) for line in printed[1:4]) == pytest.approx(seconds * RATE * 2 / 1e6, abs=0.2)
     assert "1 files left out:" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_measured_is_a_dash() -> None:
+    """Mutation: no `isnan`."""
+    assert census_report({"test": Census()}, 8000).split()[-2:] == ["-", "-"]
 
 
 def test_check_reports_and_rebuilds(

@@ -78,7 +78,8 @@ def parse(*argv: str) -> Whole:
 def test_command_lines(argv: list[str], expected: Whole) -> None:
     """Lists, floats, null, strings that look like numbers; dashes in names are underscores, in values not.
 
-    Mutations: in `_normalized`, drop the first line, `len(values) > 1` or `in lists`, or replace every dash.
+    Mutations: in `_normalized`, drop the first line, `len(values) > 1` or `in lists`, or replace every dash; in
+    `_is_tuple`, no `get_args`.
     """
     assert parse(*argv) == expected
 
@@ -93,13 +94,15 @@ def test_a_file_need_not_give_what_is_positional(tmp_path: Path) -> None:
 
 
 def test_a_field_without_a_default_is_positional() -> None:
-    r"""Mutations: as_positional=False; `[\w.]+` in place of `[^\s-]\S*`."""
+    r"""Mutations: as_positional=False; `[\w.]+` in place of `[^\s-]\S*`; in `_normalized`, no `in tuples`."""
     assert parsing.parse(Command, ["runs/x", "--split=valid"]) == Command("runs/x", "valid")
     assert parsing.parse(Command, ["--split", "valid", "runs/x"]) == Command("runs/x", "valid")
     with pytest.raises(InputError, match="required: folder"):
         parsing.parse(Command, ["--split=valid"])
     with pytest.raises(InputError, match=r"^to/stray: was not expected; names with spaces need quotes$"):
         parsing.parse(Command, ["runs/x", "to/stray", "--split=valid"])
+    with pytest.raises(InputError, match=r"^8: was not expected"):
+        parsing.parse(Command, ["runs/x", "--split", "7", "8"])
 
 
 def test_the_name_of_a_switch_alone_is_yes() -> None:

@@ -1,5 +1,6 @@
 """What the tools for shards print: tables of a plan, of what was packed, of what was found, and the files left out."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ from sashimi.errors import one_line
 from sashimi.packing.pack import BYTES_PER_SAMPLE, Plan
 from sashimi.packing.verify import Census
 from sashimi.shards import SPLITS
+
+SHORT_SECONDS = 10  # of audio: a validation on less says little
 
 
 def plan_report(plan: Plan, sample_rate: int) -> str:
@@ -35,7 +38,14 @@ def manifest_report(manifest: Mapping[str, Any], plan: Plan) -> str:
     loud = f"\n{clipped:,} samples were louder than full scale and are clipped" if clipped else ""
     if loud and manifest.get("most_clipped"):
         loud += f", most of one file in {one_line(manifest['most_clipped'])}"
-    return _table(head, rows) + loud + _left_out(manifest.get("faults", {}), plan)
+    rate, splits = manifest["sample_rate"], manifest["splits"]
+    seconds = {split: splits[split]["samples"] / rate for split in ("valid", "test") if splits[split]["clips"]}
+    short = "".join(
+        f"\n{split} has {length:.1f} s of audio, too little to judge a model by: add files, or divide them otherwise"
+        for split, length in seconds.items()
+        if length < SHORT_SECONDS
+    )
+    return _table(head, rows) + loud + short + _left_out(manifest.get("faults", {}), plan)
 
 
 def census_report(found: Mapping[str, Census], sample_rate: int) -> str:
@@ -44,7 +54,8 @@ def census_report(found: Mapping[str, Census], sample_rate: int) -> str:
     rows = []
     for split, census in found.items():
         row = [split, census.shards, census.recordings, census.clips, f"{census.samples / sample_rate / 3600:.3f}"]
-        rows.append([*row, f"{census.loudness:.1f}", f"{100 * census.silence:.1f}"])
+        measured = (census.loudness, 100 * census.silence)
+        rows.append([*row, *("-" if math.isnan(value) else f"{value:.1f}" for value in measured)])
     faults = [fault for census in found.values() for fault in census.faults]
     return _table(head, rows) + "".join(f"\n{one_line(fault)}" for fault in faults)
 
