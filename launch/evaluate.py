@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sashimi.distributed import Distributed, run_command
+from sashimi.distributed import Distributed, begin_worker, run_command
 from sashimi.errors import InputError
 from sashimi.loss import bits_per_sample
 from sashimi.model_folder import find_model_folder, load_model, read_audio_config, read_config
@@ -55,7 +55,7 @@ def main() -> None:
     data = replace(data, shards=config.data or data.shards, segment=segment, cache=cache, carry=2 if carry else 0)
     audio = read_audio_config(folder)
     split = open_split(data.shards, config.split, data.cache)
-    place = Place(dist.rank, dist.world_size, dist.device.type == "cuda")
+    place = Place(dist.rank, dist.world_size, dist.device.type == "cuda", begin_worker)
     batches = eval_batches(split, data, audio, config.batch_size, place)
     objective = Objective(load_model(folder, dist.device), carry)
     pool = objective.model.config.total_pool

@@ -1,6 +1,7 @@
 """RunConfig: everything that defines a run, composed of the configs that live beside the code that reads them."""
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -107,7 +108,15 @@ def _naming_file(argv: Sequence[str]) -> Path | None:
 
 def save_config(config: RunConfig, file: Path) -> None:
     """Write every field as YAML: `--config` with this file alone is the same run."""
-    atomic.write_file(file, yaml.safe_dump(parsing.to_dict(config), sort_keys=False).encode())
+    atomic.write_file(file, yaml.dump(parsing.to_dict(config), Dumper=_Dumper, sort_keys=False).encode())
+
+
+class _Dumper(yaml.SafeDumper):
+    """With quotes around a text such as 1e-3, which is a number to whoever reads it, but not to PyYAML."""
+
+    def represent_scalar(self, tag: str, value: str, style: str | None = None) -> yaml.ScalarNode:
+        looks_like_a_number = re.fullmatch(r"[-+]?[\d._]+([eE][-+]?\d+)?", value)
+        return super().represent_scalar(tag, value, "'" if tag.endswith(":str") and looks_like_a_number else style)
 
 
 def adopt_model(

@@ -39,6 +39,16 @@ def test_the_saved_config_is_the_same_run(tmp_path: Path) -> None:
     assert all(f"{name.rpartition('.')[2]}:" in file.read_text() for name in leaves(config))
 
 
+@pytest.mark.parametrize(
+    "name", ["1e-3", "1e5", "5.", "1_000", "0x1f", "1:30", "true", "null", "3", "~", ".5e3", "nan"]
+)
+def test_names_that_look_like_something_else_come_back(tmp_path: Path, name: str) -> None:
+    """As of runs that try several learning rates. Mutation: `style` for all of them in `_Dumper`."""
+    config = RunConfig(name=name, runs=str(tmp_path / name))
+    save_config(config, tmp_path / "config.yaml")
+    assert parse_run_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
 def test_help_documents_every_field(capsys: pytest.CaptureFixture[str]) -> None:
     """Each option has a sentence, a type and a default. Mutation: delete any field's docstring."""
     with pytest.raises(SystemExit):
