@@ -9,17 +9,16 @@ Bits per sample are of the new audio alone, under the model as it is, whatever t
 its wav and then its line are written; until all ranks are done, lines are in .parts/, a file a clip.
 """
 
-import fcntl
 import hashlib
 import json
 import math
-import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from torch import Tensor
 from sashimi import atomic
 from sashimi.audio import AudioConfig, Quantizer, iter_audio, read_header, wav_bytes, write_wav
 from sashimi.errors import InputError
+from sashimi.lock import lock
 from sashimi.model import Sashimi
 from sashimi.sampler import Drawing, Generator, batches_of, make_engine
 
@@ -233,20 +233,8 @@ def settings_of(
 def alone_in(folder: Path) -> Iterator[None]:
     """Within: no other process samples into `folder`, which is made. InputError if one does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            taken = os.fstat(file.fileno()).st_nlink == 0  # whoever had it has just removed it
-        except (BlockingIOError, PermissionError):
-            taken = True
-        except OSError as error:  # some clusters' storage
-            taken = False
-            warnings.warn(
-                f"{folder}: cannot be locked ({error.strerror}); see to it that no other process samples into it",
-                stacklevel=1,
-            )
-        if taken:
-            raise InputError(f"{folder}: another process samples into it; wait for it, or give another --out")
+    refusal = f"{folder}: another process samples into it; wait for it, or give another --out"
+    with lock(folder / LOCK, refusal, partial(warnings.warn, stacklevel=3)):
         try:
             yield
         finally:

@@ -4,7 +4,6 @@
 which keeps nothing.
 """
 
-import fcntl
 import json
 import math
 import sys
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from sashimi import atomic
 from sashimi.errors import InputError, one_line
+from sashimi.lock import lock
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,8 @@ class RunTracker(Tracker):
         self.config, self.total_steps, self.segments_per_epoch = config, total_steps, segments_per_epoch
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / ".lock").open("w")
-        try:
-            # Not flock, which the loader's workers would have too, and keep for seconds after a kill of this process.
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"{folder}: another process trains this run; stop it, or take another --name") from None
-        except OSError as error:  # some clusters' storage
-            self.note(f"{folder}: cannot be locked ({error.strerror}); see to it that no other process trains this run")
+        refusal = f"{folder}: another process trains this run; stop it, or take another --name"
+        self._lock = lock(folder / ".lock", refusal, self.note)
         self._in_gap = False
         self._valid = ""  # the last validation, as progress shows it
         cut_back(folder / "metrics.jsonl", start_step)

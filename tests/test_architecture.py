@@ -18,6 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "loss": set(),
     # files and folders, command lines
     "atomic": set(),
+    "lock": set(),
     "parsing": set(),
     "packing.parallel": set(),
     # audio and data
@@ -31,7 +32,7 @@ ARROWS: dict[str, set[str]] = {
     "shards": {"atomic", "shard_rules", "store"},
     "split": {"flac", "grid", "shard_rules", "shards", "store"},
     "packing.sources": {"shards"},
-    "packing.pack": {"atomic", "audio", "packing.parallel", "packing.sources", "shard_writer", "shards"},
+    "packing.pack": {"atomic", "audio", "lock", "packing.parallel", "packing.sources", "shard_writer", "shards"},
     "packing.verify": {"shards", "split"},
     "packing.report": {"packing.pack", "packing.verify", "shards"},
     "stream": {"audio", "grid", "order", "shards", "split"},
@@ -49,7 +50,7 @@ ARROWS: dict[str, set[str]] = {
     "foreign.importer": {"foreign.translation", "model"},
     # training and its records
     "optim": set(),
-    "tracking": {"atomic"},
+    "tracking": {"atomic", "lock"},
     "model_folder": {"atomic", "audio", "foreign.legacy", "model", "parsing"},
     "checkpoint": {"atomic", "model_folder"},
     "distributed": set(),
@@ -90,7 +91,7 @@ ARROWS: dict[str, set[str]] = {
     "native.engine": {"model", "native.activations", "native.library", "native.program"},
     "graph": {"layers", "model"},
     "sampler": {"graph", "model", "native.engine"},
-    "clips": {"atomic", "audio", "model", "sampler"},
+    "clips": {"atomic", "audio", "lock", "model", "sampler"},
     # the public names, and folders
     "packing": set(),
     "foreign": set(),

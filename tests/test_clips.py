@@ -1,10 +1,7 @@
 """Folders of clips: the same files for any ranks and interruptions, and one line for whatever cannot be."""
 
-import errno
-import fcntl
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -185,7 +182,7 @@ def test_a_folder_can_be_continued_with_more_clips(model: Sashimi, tmp_path: Pat
 def test_one_command_at_a_time(model: Sashimi, tmp_path: Path, there: bool) -> None:
     """In a new folder or an old one: the other one is refused and touches nothing, then goes on.
 
-    Mutations: no `lockf` in `alone_in`; open the file with "w".
+    Mutation: no `lock` in `alone_in`.
     """
     folder = tmp_path / "clips"
     if there:
@@ -204,25 +201,6 @@ def test_one_command_at_a_time(model: Sashimi, tmp_path: Path, there: bool) -> N
     sample(model, folder)
     sample(model, tmp_path / "whole")
     assert files(folder) == files(tmp_path / "whole")
-
-
-def test_a_lock_that_its_owner_removes_is_none(model: Sashimi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third command would get another one. Mutation: in `alone_in`, do not look at `st_nlink`."""
-    folder = tmp_path / "clips"
-    monkeypatch.setattr(fcntl, "lockf", lambda file, how: (folder / ".lock").unlink())
-    with pytest.raises(InputError, match="another process samples into it"):
-        sample(model, folder)
-
-
-def test_without_locks_a_warning_must_do(model: Sashimi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some clusters' storage is. Mutation: do not catch OSError in `alone_in`."""
-
-    def lockf(*_: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "lockf", lockf)
-    with pytest.warns(UserWarning, match=r"clips: cannot be locked \(No locks available\); see to it that no other"):
-        assert sample(model, tmp_path / "clips").new_clips == 5
 
 
 # --- settings

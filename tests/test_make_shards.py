@@ -116,6 +116,25 @@ def test_16_bit_mono_is_packed_exactly(tmp_path: Path, make: Callable[..., str])
         assert np.array_equal(audio, noise(len(audio), len(audio))), name
 
 
+def test_one_packing_at_a_time(tmp_path: Path, corpus: Path, make: Callable[..., str]) -> None:
+    """Another one is refused while it is at work, and then goes on. Mutation: no `lock` in `pack`."""
+    out = tmp_path / "out"
+    (out / ".packing").mkdir(parents=True)
+    other = "import fcntl; f = open('.lock', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", other], cwd=out / ".packing", **pipes) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(SystemExit) as exit:
+            make(corpus, "--out", out)
+        assert exit.value.code == 2
+        assert [path.name for path in out.iterdir()] == [".packing"]
+        holder.stdin.close()
+    make(corpus, "--out", out)
+    assert "manifest.json" in [path.name for path in out.iterdir()]
+
+
 def test_a_split_too_short_to_judge_by_is_said() -> None:
     """Below ten seconds. Mutations: `<=` for `<`; no `short` in what is returned; `samples` without `/ rate`."""
     about = {"shards": [], "recordings": 1, "clips": 1, "hours": 0.0}

@@ -287,7 +287,7 @@ def test_another_runs_checkpoint_is_refused(train: Train, tmp_path: Path, capsys
 def test_one_writer_at_a_time(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """While one process trains a run, another one is refused and moves nothing.
 
-    Mutations: no `lockf` in `RunTracker`; `rewind` before the tracker in launch/train.py.
+    Mutations: no `lock` in `RunTracker`; `rewind` before the tracker in launch/train.py.
     """
     run = tmp_path / "runs/run"
     train("run", *KEEP)

@@ -1,15 +1,10 @@
 """Tracking: metrics and TensorBoard agree, also across a kill and a resume; pictures and rates are right."""
 
 import errno
-import fcntl
 import io
 import math
-import multiprocessing
-import os
-import signal
 import sys
 import time
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -158,41 +153,6 @@ def test_after_a_full_disk_the_log_goes_on(tmp_path: Path, capsys: pytest.Captur
         seen = [event.step for file in files if "a" in file.Tags()["scalars"] for event in file.Scalars("a")]
         assert sorted(seen) == [1, 4]
         assert [line["step"] for line in metrics(tmp_path / first)][:2] == [1, 2]
-
-
-def test_a_run_is_locked_by_its_process_alone(tmp_path: Path) -> None:
-    """A worker that outlives a killed trainer does not keep the run from going on. Mutation: `fcntl.flock`."""
-    fork = multiprocessing.get_context("fork")
-
-    def train(pid: Synchronized) -> None:
-        tracker = RunTracker(tmp_path, TrackConfig(), 0, 10, 1)
-        worker = fork.Process(target=time.sleep, args=(60,))
-        worker.start()
-        pid.value = worker.pid
-        tracker.note("killed")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    pid = fork.Value("i")
-    trainer = fork.Process(target=train, args=(pid,))
-    trainer.start()
-    trainer.join()
-    try:
-        RunTracker(tmp_path, TrackConfig(), 0, 10, 1).close()
-    finally:
-        os.kill(pid.value, signal.SIGKILL)
-
-
-def test_where_there_are_no_locks_training_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As on some clusters' storage; it is said. Mutation: no `except OSError`."""
-
-    def refuse(*arguments: Any) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
-    monkeypatch.setattr(fcntl, "lockf", refuse)
-    run(tmp_path, 0, 1)
-    assert f"{tmp_path}: cannot be locked (Function not implemented)" in capsys.readouterr().err
 
 
 def test_clips_can_be_heard_and_seen(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from sashimi.atomic import MANIFEST, UNFINISHED, read_json, write_json
 from sashimi.audio import AudioFault, Header, channels_cancel, iter_audio, read_header, to_int16
 from sashimi.errors import InputError
+from sashimi.lock import lock
 from sashimi.packing.parallel import run_jobs
 from sashimi.packing.sources import Source, SourceConfig, find_sources, other_formats, parent_name
 from sashimi.shard_writer import ShardWriter
@@ -200,19 +202,21 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
         elif out.is_dir() and any(path.name != STATE for path in out.iterdir()):
             raise InputError(f"{out}: is not empty and holds no shards to go on with: choose another --out")
         state.mkdir(parents=True, exist_ok=True)
-        write_json(state / MANIFEST, {"work": _work(config)})
-        _pack_shards(config, plan)
-        outcomes = [read_json(state / f"{shard.name}.json") for shard in plan.shards]
-        faults = {name: reason for outcome in outcomes for name, reason in outcome["faults"].items()}
-        _refuse_empty(out, plan, faults)
-        about = {
-            "plan": plan.checksum,
-            **_settings(config),
-            "clipped_samples": sum(outcome["clipped_samples"] for outcome in outcomes),
-            "faults": faults,
-        }
-        with ThreadPoolExecutor() as pool:
-            manifest = seal(out, about, pool.map)
+        refusal = f"{out}: another process packs into it: wait for it, or choose another --out"
+        with lock(state / ".lock", refusal, partial(warnings.warn, stacklevel=2)):
+            write_json(state / MANIFEST, {"work": _work(config)})
+            _pack_shards(config, plan)
+            outcomes = [read_json(state / f"{shard.name}.json") for shard in plan.shards]
+            faults = {name: reason for outcome in outcomes for name, reason in outcome["faults"].items()}
+            _refuse_empty(out, plan, faults)
+            about = {
+                "plan": plan.checksum,
+                **_settings(config),
+                "clipped_samples": sum(outcome["clipped_samples"] for outcome in outcomes),
+                "faults": faults,
+            }
+            with ThreadPoolExecutor() as pool:
+                manifest = seal(out, about, pool.map)
         shutil.rmtree(state)
     worst = max((outcome.get("most_clipped", (0, "")) for outcome in outcomes), key=itemgetter(0))
     return manifest | {"most_clipped": worst[1]}
