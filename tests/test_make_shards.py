@@ -155,7 +155,7 @@ def test_manifest_states_what_was_done(tmp_path: Path, make: Callable[..., str])
     assert "8,000 samples were louder than full scale and are clipped, most of one file in 1.wav\n" in printed
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["clipped_samples"] == 4 * 2000
-    assert "most_clipped" not in manifest
+    assert manifest["most_clipped"] == "1.wav"
     assert manifest["settings"]["fractions"] == [100, 0, 0]
     assert {"mix-down", "resampling", "rounding", "clipping"} <= set(manifest["processing"])
     assert manifest["packages"]["soundfile"] == sf.__version__

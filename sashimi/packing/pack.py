@@ -181,8 +181,6 @@ def newer_sources(config: PackConfig, plan: Plan) -> list[str]:
 def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
     """Packs what is not packed yet and returns the manifest; its "faults" are the files that were left out.
 
-    If it packed any now, "most_clipped" names the file with most clipped samples; that is not in the written manifest.
-
     As long as packing is not done, files may be mended, added or removed in between: what that changes is packed anew.
     InputError if OUT holds other shards, the disk is full, every file of a split is bad or, if strict, any file is.
     Whatever ends it, no part of a shard has a shard's name, and the same call goes on from there.
@@ -213,13 +211,13 @@ def pack(config: PackConfig, plan: Plan) -> dict[str, Any]:
                 "plan": plan.checksum,
                 **_settings(config),
                 "clipped_samples": sum(outcome["clipped_samples"] for outcome in outcomes),
+                "most_clipped": max((one.get("most_clipped", (0, "")) for one in outcomes), key=itemgetter(0))[1],
                 "faults": faults,
             }
             with ThreadPoolExecutor() as pool:
                 manifest = seal(out, about, pool.map)
         shutil.rmtree(state)
-    worst = max((outcome.get("most_clipped", (0, "")) for outcome in outcomes), key=itemgetter(0))
-    return manifest | {"most_clipped": worst[1]}
+    return manifest
 
 
 def _refuse_others(out: Path, own: Any, these: str) -> None:
